@@ -1,0 +1,59 @@
+"""Table I: what a trained policy loses when its attention is replaced by noise, by ones, or by nothing."""
+
+from collections.abc import Iterator
+
+from experiments._pairs import LITTLE_DECREASE, TASKS
+from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
+from orchestrator.recipes import Perturb, Quality
+
+QUALITIES: tuple[Quality, ...] = ("medium-expert", "medium", "expert")
+PERTURBATIONS = ("random", "identity", "removed")
+DRAW = 0  # the paper fixes one random draw for all experiments
+
+
+def points(setting: Setting) -> Iterator[Point]:
+    """Nine single-task policies as trained, then under three perturbations each."""
+    for seed in setting.profile.sweep_seeds:
+        for quality in QUALITIES:
+            for task in TASKS:
+                expert = setting.expert(task, seed, quality)
+                variants = {"original": expert} | {
+                    how: Perturb(policy=expert, group="attention", how=how, seed=DRAW if how == "random" else 0)
+                    for how in PERTURBATIONS
+                }
+                for attention, policy in variants.items():
+                    yield Point(
+                        labels={"quality": quality, "task": task, "attention": attention, "seed": seed},
+                        evaluation=setting.evaluate(policy, task),
+                    )
+
+
+def _perturbed(task: str, quality: Quality, statement: str, decreases: bool) -> Claim:
+    return Claim(
+        statement=statement,
+        terms=((1, {"task": task, "quality": quality, "attention": PERTURBATIONS}),),
+        expected="at most" if decreases else "at least",
+        bound=LITTLE_DECREASE,
+    )
+
+
+EXPERIMENT = Experiment(
+    name="table_1",
+    title="Perturbing attention",
+    paper="Table I",
+    question="How much do trained policies rely on their attention at all?",
+    points=points,
+    show=Table(rows=("quality", "task"), column="attention"),
+    claims=(
+        *(_perturbed("hopper", q, f"hopper decreases when attention is perturbed ({q})", True) for q in QUALITIES),
+        *(
+            _perturbed(task, q, f"perturbed attention has little impact on {task} ({q})", False)
+            for task in ("halfcheetah", "walker2d")
+            for q in ("medium", "expert")
+        ),
+        *(
+            _perturbed(task, "medium-expert", f"{task} decreases when attention is perturbed (medium-expert)", True)
+            for task in ("halfcheetah", "walker2d")
+        ),
+    ),
+)

@@ -1,0 +1,178 @@
+"""From rows to what an experiment asked: estimates for the cells of its figure or table, and verdicts on its claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from dt.errors import UserError
+from orchestrator.estimates import Sample, constant, mean_of, sample_mean
+from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Where
+from orchestrator.recipes import Dataset, Evaluate, experts
+from orchestrator.tables import Tables
+
+Verdict = Literal["agrees", "disagrees", "inconclusive"]
+DataReturn = Callable[[Dataset], float | None]  # mean return of a dataset; None where it is not at hand
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a figure or table: the mean over all points under its labels."""
+
+    labels: Mapping[str, Label]
+    estimates: Mapping[Measure, Sample]  # only what could be computed
+    episodes: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the rows say about an experiment at a setting."""
+
+    experiment: Experiment
+    setting: Setting
+    points: tuple[Point, ...]
+    rows: Mapping[str, tuple[list[float], list[float]]]  # evaluation → its episodes' returns and scores
+    data_return: DataReturn
+
+    @cached_property
+    def missing(self) -> frozenset[str]:
+        """Ids of the evaluations without rows."""
+        return frozenset(point.evaluation.id for point in self.points) - self.rows.keys()
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """One for each combination of the labels that are shown, in the order of the points. None while rows are missing."""
+        shown = shown_labels(self.experiment)
+        groups: dict[tuple[Label, ...], list[Point]] = {}
+        for point in () if self.missing else self.points:
+            if _is_baseline_only(point, self.experiment):
+                continue
+            groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
+        return tuple(
+            Cell(
+                labels=dict(zip(shown, key, strict=True)),
+                estimates=self._estimates(points),
+                episodes=sum(len(self.rows[point.evaluation.id][0]) for point in points),
+                seeds=len({point.labels.get("seed", 0) for point in points}),
+            )
+            for key, points in groups.items()
+        )
+
+    def judge(self, claim: Claim) -> tuple[Sample, Verdict] | None:
+        """The claim's number and what its interval says; None where it cannot be computed."""
+        if self.missing:
+            return None
+        total: Sample | None = None
+        for weight, where in claim.terms:
+            samples = [self._sample(point, claim.value) for point in select(self.points, where)]
+            if not samples or None in samples:
+                return None
+            term = mean_of([sample for sample in samples if sample is not None]) * weight
+            total = term if total is None else total + term
+        if total is None or not total.finite:
+            return None
+        return total, verdict(total.interval, claim)
+
+    def _estimates(self, points: Sequence[Point]) -> dict[Measure, Sample]:
+        measures: set[Measure] = {"return", "score", "retention", self.experiment.show.value}
+        found = {measure: [self._sample(point, measure) for point in points] for measure in measures}
+        means = {
+            measure: mean_of([sample for sample in samples if sample is not None])
+            for measure, samples in found.items()
+            if None not in samples
+        }
+        return {measure: sample for measure, sample in means.items() if sample.finite}
+
+    def _sample(self, point: Point, measure: Measure) -> Sample | None:
+        evaluation = point.evaluation
+        match measure:
+            case "return":
+                return self._mean(evaluation, 0)
+            case "score":
+                return self._mean(evaluation, 1)
+            case "retention":
+                before = baseline(evaluation)
+                return self._mean(evaluation, 1) / self._mean(before, 1) if before.id in self.rows else None
+            case "of_data":
+                of_data = self.data_return(experts(evaluation.policy)[0].dataset)
+                return None if of_data is None else self._mean(evaluation, 0) / constant(of_data)
+
+    def _mean(self, evaluation: Evaluate, column: int) -> Sample:
+        stratum = f"{evaluation.task} {evaluation.seed} {experts(evaluation.policy)[0].id}"
+        return sample_mean(self.rows[evaluation.id][column], together=stratum)
+
+
+def answers(
+    experiments: Sequence[Experiment], setting: Setting, tables: Tables, data_return: DataReturn
+) -> list[Answer]:
+    """Read the rows of the experiments' evaluations, all in one go, and of the unmerged policies' beside them."""
+    points = {experiment.name: tuple(experiment.points(setting)) for experiment in experiments}
+    wanted = {e.id for some in points.values() for point in some for e in (point.evaluation, baseline(point.evaluation))}
+    episodes = tables.dataset("episodes").to_table(
+        columns=["evaluation", "episode", "return", "score"], filter=among("evaluation", wanted)
+    )
+    rows: dict[str, tuple[list[float], list[float]]] = {}
+    for row in episodes.sort_by([("evaluation", "ascending"), ("episode", "ascending")]).to_pylist():
+        returns, scores = rows.setdefault(row["evaluation"], ([], []))
+        returns.append(row["return"])
+        scores.append(row["score"])
+    return [Answer(experiment, setting, points[experiment.name], rows, data_return) for experiment in experiments]
+
+
+def among(column: str, ids: Iterable[str]) -> pads.Expression:
+    """The filter for rows whose `column` is one of the ids, of which there may be none."""
+    return pads.field(column).isin(pa.array(sorted(ids), pa.string()))
+
+
+def baseline(evaluation: Evaluate) -> Evaluate:
+    """The same evaluation of the policy as it was trained, before anything was merged into it or perturbed."""
+    fields = {name: getattr(evaluation, name) for name in Evaluate.model_fields}
+    return Evaluate(**{**fields, "policy": experts(evaluation.policy)[0]})  # model_copy would keep the cached id
+
+
+def shown_labels(experiment: Experiment) -> tuple[str, ...]:
+    """The labels of an experiment's cells."""
+    show = experiment.show
+    if isinstance(show, Figure):
+        names = (show.panel, show.series, show.x, show.ticks, show.kind)
+    else:
+        names = (*show.rows, show.column)
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def select(points: Sequence[Point], where: Where) -> list[Point]:
+    """The points whose labels take the given values. Raises UserError on a label that no point has."""
+    for name in where:
+        if not any(name in point.labels for point in points):
+            raise UserError(f"no point has the label {name!r}")
+
+    def fits(point: Point) -> bool:
+        return all(
+            point.labels.get(name) in (values if isinstance(values, tuple) else (values,))
+            for name, values in where.items()
+        )
+
+    return [point for point in points if fits(point)]
+
+
+def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
+    """By the interval alone: see `Claim`."""
+    low, high = interval
+    match claim.expected:
+        case "at least":
+            return "agrees" if low >= claim.bound else "disagrees" if high < claim.bound else "inconclusive"
+        case "at most":
+            return "agrees" if high <= claim.bound else "disagrees" if low > claim.bound else "inconclusive"
+        case "about":
+            return "agrees" if low <= claim.bound <= high else "disagrees"
+
+
+def _is_baseline_only(point: Point, experiment: Experiment) -> bool:
+    """Unmerged policies are 1 by definition; a figure over units has no place for them on its axis."""
+    return isinstance(experiment.show, Figure) and point.labels.get(experiment.show.x) == "none"

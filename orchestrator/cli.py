@@ -1,0 +1,282 @@
+"""The command line `mergedt`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table as RichTable
+
+from dt.errors import UserError, unknown
+from dt.tasks import get_task
+from orchestrator import cli_data
+from orchestrator.cli_options import (
+    RESULTS,
+    AddressOption,
+    Courteous,
+    DataOption,
+    ProfileOption,
+    ResultsOption,
+    SeedsOption,
+    WorkersOption,
+    console,
+    experiments_of,
+    numbers,
+    repeat_options,
+    setting_of,
+)
+from orchestrator.data_choice import RECORDED
+from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, experiments, merged
+from orchestrator.profiles import PROFILES
+from orchestrator.recipes import Merge, Quality, Train
+from orchestrator.store import Store
+
+app = typer.Typer(
+    cls=Courteous,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Train Decision Transformers per robot task, merge their weights, evaluate the merges, on a laptop or a Ray cluster.",
+)
+app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_data.behaviour, name="behaviour")
+
+Names = Annotated[list[str], typer.Argument(metavar="EXPERIMENT...", help="By name, or `all`: see `mergedt list`.")]
+Group = Annotated[str, typer.Option("--group", help="attention, mlp, layernorm, trunk, a unit, or several joined by +.")]
+TargetOption = Annotated[str, typer.Option("--target", help="Task whose policy is merged into and evaluated.")]
+QualityOption = Annotated[Quality, typer.Option("--quality", help="Data the policies are trained on.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command("list")
+def list_() -> None:
+    """The experiments and the profiles."""
+    table = RichTable("experiment", "paper", "question", title="Experiments: mergedt run NAME", title_justify="left")
+    for experiment in experiments().values():
+        table.add_row(experiment.name, experiment.paper or "–", experiment.question)
+    console.print(table)
+    table = RichTable("profile", "for", "steps", "episodes", "seeds", title="Profiles: --profile NAME", title_justify="left")
+    for profile in PROFILES.values():
+        seeds = ",".join(map(str, profile.training_seeds))
+        evaluated = str(profile.evaluation_episodes)
+        table.add_row(profile.name, profile.purpose, f"{profile.optimisation.steps:,}", evaluated, seeds)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    names: Names,
+    profile: ProfileOption = "laptop",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seeds: SeedsOption = None,
+) -> None:
+    """What a run would compute, how long it may take, and what is already there."""
+    from orchestrator.cli_work import show_plan
+
+    setting = setting_of(profile, data, seeds, results)
+    show_plan([point for each in experiments_of(names) for point in each.points(setting)], Store(results))
+
+
+@app.command()
+def run(
+    names: Names,
+    profile: ProfileOption = "laptop",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seeds: SeedsOption = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Compute experiments; what is already there is not computed again."""
+    from orchestrator.cli_work import compute, show_answers
+
+    setting, chosen = setting_of(profile, data, seeds, results), experiments_of(names)
+    compute(chosen, setting, Store(results), address, workers)
+    show_answers(chosen, setting, Store(results))
+    options = repeat_options(profile, data, seeds, results)
+    console.print(f"rows: {results / 'tables'}    figures and tables: mergedt report {' '.join(names)} {options}")
+
+
+@app.command()
+def sweep(
+    target: TargetOption,
+    source: Annotated[list[str], typer.Option("--source", help="Task merged into it; several take their uniform mean.")],
+    group: Annotated[list[str], typer.Option("--group", help="What is merged; give it again for another line.")],
+    alpha: Annotated[str | None, typer.Option("--alpha", help="Weights of the source, as in 0,0.5,1.")] = None,
+    quality: QualityOption = "expert",
+    profile: ProfileOption = "laptop",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seeds: SeedsOption = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="Also draw the sweep to this PNG.")] = None,
+) -> None:
+    """Ask a new question: merge GROUP of a target's policy with a source's, over weights ALPHA."""
+    from orchestrator.cli_work import compute, show_answers
+
+    setting = setting_of(profile, data, seeds, results)
+    weights = _weights(alpha, source)
+    for task in (target, *source):
+        get_task(task)
+    if len({target, *source}) <= len(source):
+        raise UserError("target and sources must be different tasks: their policies are otherwise the same")
+
+    def points(at: Setting) -> list[Point]:
+        return [
+            Point(
+                labels={
+                    "target": target,
+                    "source": "+".join(source),
+                    "group": part,
+                    "alpha": "mean" if weight is None else weight,
+                    "seed": seed,
+                },
+                evaluation=at.evaluate(_merge(at, target, source, part, weight, seed, quality), target),
+            )
+            for part in group
+            for weight in weights
+            for seed in at.profile.training_seeds
+        ]
+
+    rows = ("target", "source", "group", "alpha")
+    show = Figure(x="alpha", series="group") if figure else Table(rows=rows, value="retention")
+    asked = Experiment(name="sweep", title=f"{'+'.join(source)} → {target}", paper="", question="", points=points, show=show)
+    compute([asked], setting, Store(results), address, workers, declare=False)
+    show_answers([asked], setting, Store(results), figure)
+
+
+def _weights(alpha: str | None, source: list[str]) -> tuple[float | None, ...]:
+    if alpha is None:
+        if len(source) == 1:
+            raise UserError("give the weights of the source, as in --alpha 0,0.5,1")
+        return (None,)
+    if len(source) > 1:
+        raise UserError("--alpha weighs one source; several take their uniform mean: leave it out")
+    weights = numbers(alpha, "--alpha")
+    if not weights:
+        raise UserError("--alpha names no weight: give some, as in 0,0.5,1")
+    if outside := [weight for weight in weights if not 0 <= weight <= 1]:
+        raise UserError(f"alpha must lie in [0, 1], {outside[0]:g} given")
+    return weights
+
+
+def _merge(
+    at: Setting, target: str, source: list[str], group: str, weight: float | None, seed: int, quality: Quality
+) -> Train | Merge:
+    experts = [at.expert(task, seed, quality) for task in (target, *source)]
+    if weight is None:
+        return Merge(sources=tuple(experts), group=group)
+    Merge(sources=tuple(experts), group=group, alpha=weight)  # names a wrong group even at alpha = 0, where nothing is merged
+    return merged(experts[0], experts[1], group, weight)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="One SELECT over episodes, training, policies, runs, experiments, paper, scores.")],
+    results: ResultsOption = RESULTS,
+    form: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write there instead of to the terminal.")] = None,
+) -> None:
+    """Ask the tables in SQL."""
+    from orchestrator.cli_query import FORMS, write_rows
+    from orchestrator.tables import Tables  # Arrow takes a second to import
+
+    if form not in FORMS:
+        raise unknown("format", form, FORMS)
+    if form == "parquet" and output is None:
+        raise UserError("Parquet is binary: name a file with --output rows.parquet")
+    write_rows(Tables(Store(results).tables).query(sql), form, output)
+
+
+@app.command()
+def policies(results: ResultsOption = RESULTS) -> None:
+    """The policies there are, with their mean scores."""
+    from orchestrator.cli_query import write_rows
+    from orchestrator.tables import Tables
+
+    rows = Tables(Store(results).tables).query(
+        'SELECT policy, kind, task, source_tasks, quality, "group", alpha, method, seed, steps, '
+        "round(avg(mean_score), 1) AS score, sum(episodes)::BIGINT AS episodes FROM policies LEFT JOIN scores "
+        "USING (policy, kind, task, source_tasks, quality, \"group\", alpha, method, seed, steps) GROUP BY ALL ORDER BY ALL"
+    )
+    write_rows(rows, "table", None)
+
+
+@app.command()
+def report(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT]...", help="By name; default: all.")] = None,
+    profile: ProfileOption = "laptop",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seeds: SeedsOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: report/ under the results.")] = None,
+) -> None:
+    """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
+    from orchestrator.report import write_report
+
+    setting, chosen = setting_of(profile, data, seeds, results), experiments_of(names or ["all"])
+    folder = output or results / "report"
+    console.print(write_report(chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results)))
+
+
+@app.command()
+def compact(results: ResultsOption = RESULTS) -> None:
+    """Rewrite the tables as one Parquet file each: for a repository, and to read faster."""
+    from orchestrator.declarations import declare_paper
+    from orchestrator.tables import Tables
+
+    store = Store(results)
+    with store.lock():
+        tables = Tables(store.tables)
+        declare_paper(tables)
+        tables.compact()
+    console.print(f"tables: {store.tables}")
+
+
+@app.command()
+def video(
+    target: TargetOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The animated WebP to write.")],
+    source: Annotated[str | None, typer.Option("--source", help="Task merged into it; none: the policy as trained.")] = None,
+    group: Group = "attention",
+    alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0)] = 0.5,
+    quality: QualityOption = "expert",
+    profile: ProfileOption = "demo",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Training seed of the policies.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Environment steps shown.")] = 300,
+) -> None:
+    """Film a policy, merged or as trained."""
+    from orchestrator.cli_work import film
+
+    setting = setting_of(profile, data, str(seed), results)
+    for task in (target, *([source] if source else [])):
+        get_task(task)
+    if source == target:
+        raise UserError("target and source must be different tasks: their policies are otherwise the same")
+    policy = (
+        _merge(setting, target, [source], group, alpha, seed, quality) if source else setting.expert(target, seed, quality)
+    )
+    film(setting.evaluate(policy, target), Store(results), output, steps)
+    console.print(output)
+
+
+@app.command()
+def demo(
+    results: ResultsOption = RESULTS, address: AddressOption = None, workers: WorkersOption = None
+) -> None:
+    """Two robots, from offline data to a merged policy, its scores, its figure and its video, in minutes."""
+    from orchestrator.cli_work import run_demo
+
+    run_demo(Store(results), address, workers)
+
+
+if __name__ == "__main__":
+    main()

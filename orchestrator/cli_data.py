@@ -1,0 +1,108 @@
+"""`mergedt data …` and `mergedt behaviour …`: the offline data and the policies that record it."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table as RichTable
+
+from dt.errors import UserError
+from dt.tasks import get_task
+from orchestrator.cli_options import RESULTS, AddressOption, ResultsOption, WorkersOption, console
+from orchestrator.recipes import Quality, Recording
+from orchestrator.store import Store
+
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Record, list and describe offline datasets.")
+behaviour = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The policies that record offline data.")
+
+TaskOption = Annotated[str, typer.Option("--task", help="halfcheetah, hopper, walker2d, …")]
+QualityOption = Annotated[Quality, typer.Option("--quality")]
+EpisodesOption = Annotated[int, typer.Option("--episodes", help="Episodes of each behaviour policy.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0)]
+
+
+@data.command()
+def record(
+    task: TaskOption,
+    quality: QualityOption,
+    episodes: EpisodesOption,
+    seed: SeedOption = 0,
+    results: ResultsOption = RESULTS,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Record a Minari dataset from the shipped behaviour policies, in parallel; the same whatever the parallelism."""
+    from orchestrator.cli_work import compute_recipes
+
+    if episodes < 1:
+        raise UserError(f"a dataset needs at least one episode, --episodes {episodes} given")
+    recording = Recording(task=task, quality=quality, episodes=episodes, seed=seed)
+    store = Store(results)
+    compute_recipes([recording], store, address, workers)
+    _show_description(_describe_recording(recording, store))
+
+
+@data.command("list")
+def list_(results: ResultsOption = RESULTS) -> None:
+    """The recordings there are."""
+    from dt.data.description import describe, list_recordings
+    from dt.data.sources import load_recorded
+
+    root = Store(results).datasets
+    table = RichTable("task", "quality", "episodes", "seed", "steps", "mean return", "score", "content")
+    for entry in list_recordings(root):
+        loaded = load_recorded(entry.task, entry.quality, entry.episodes, entry.seed, root)
+        found = describe(loaded, get_task(entry.task))
+        table.add_row(
+            entry.task,
+            entry.quality,
+            str(entry.episodes),
+            str(entry.seed),
+            f"{entry.steps:,}",
+            f"{found.return_mean:.1f}",
+            f"{found.score:.1f}",
+            entry.content_hash[:12],
+        )
+    table.caption = f"under {root}; more: mergedt data describe"
+    console.print(table)
+
+
+@data.command()
+def describe(
+    task: TaskOption,
+    quality: Annotated[Quality | None, typer.Option("--quality", help="Of a recording made here.")] = None,
+    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Of a recording made here.")] = 1,
+    seed: SeedOption = 0,
+    source: Annotated[str | None, typer.Option("--source", help="A Minari id, or a .hdf5 or .pkl file.")] = None,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Sizes, return quantiles, score and content hash of a dataset: of a recording, or of others' with --source."""
+    store = Store(results)
+    if (source is None) == (quality is None):
+        raise UserError("say which dataset: --quality and --episodes of a recording, or --source of one made elsewhere")
+    if source is not None:
+        from dt.data.description import describe as describe_trajectories
+        from dt.data.sources import load_imported
+
+        _show_description(describe_trajectories(load_imported(source, task, store.datasets), get_task(task)))
+    elif quality is not None:
+        _show_description(
+            _describe_recording(Recording(task=task, quality=quality, episodes=episodes, seed=seed), store)
+        )
+
+
+def _describe_recording(recording: Recording, store: Store) -> object:
+    from dt.data.description import describe as describe_trajectories
+    from dt.data.sources import load_recorded
+
+    loaded = load_recorded(recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
+    return describe_trajectories(loaded, get_task(recording.task))
+
+
+def _show_description(description: object) -> None:
+    table = RichTable(show_header=False)
+    for field in fields(description):  # type: ignore[arg-type]
+        value = getattr(description, field.name)
+        table.add_row(field.name.replace("_", " "), f"{value:,.1f}" if isinstance(value, float) else str(value))
+    console.print(table)

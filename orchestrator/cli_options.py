@@ -1,0 +1,120 @@
+"""The options that commands share, what they mean, and how mistakes in them are told."""
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from typer.core import TyperGroup
+
+from dt.errors import UserError
+from orchestrator.data_choice import RECORDED, choose_data
+from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
+from orchestrator.profiles import get_profile
+
+console = Console()
+log = Console(stderr=True)
+
+ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="The budget: see `mergedt list`.")]
+ResultsOption = Annotated[
+    Path, typer.Option("--results", envvar="MERGEDT_RESULTS", help="Folder of artefacts and tables; shared, on a cluster.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="`recorded`, or a template such as minari:mujoco/{task}/{quality}-v0 or /data/{task}-{quality}-v2.hdf5",
+    ),
+]
+SeedsOption = Annotated[
+    str | None, typer.Option("--seeds", help="Training seeds in place of the profile's, as in 0,1,2.")
+]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="A Ray cluster; else RAY_ADDRESS; else an embedded Ray.")
+]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Rollout actors; default: one a core.")]
+
+RESULTS = Path("results")
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_EXIT_MISTAKE, _EXIT_INTERRUPTED = 2, 130
+
+
+class Courteous(TyperGroup):
+    """A command group that tells a user's mistake in one sentence on stderr, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _leave(str(error))
+        except ValidationError as error:
+            _leave(sentence(error))
+        except KeyboardInterrupt:
+            print("interrupted; the same command resumes", file=sys.stderr)
+            raise typer.Exit(_EXIT_INTERRUPTED) from None
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                _leave(f"no space left to write {error.filename or ''}: make room and run the same command again")
+            raise
+
+
+def _leave(message: str) -> None:
+    print(f"mergedt: {message}", file=sys.stderr)
+    raise typer.Exit(_EXIT_MISTAKE)
+
+
+def sentence(error: ValidationError) -> str:
+    """The first mistake pydantic found, as one sentence."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    text = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f" ({given!r} given)" if isinstance(given, str | int | float) else ""
+    return f"{where}: {text}{shown}" if where else text
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """The numbers in `0,0.5,1`. Raises UserError naming the option."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option} takes numbers separated by commas, as in 0,0.5,1: {text!r} given") from None
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """The whole numbers in `0,1,2`. Raises UserError naming the option."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers separated by commas, as in 0,1,2: {text!r} given") from None
+
+
+def setting_of(profile: str, data: str, seeds: str | None, results: Path) -> Setting:
+    """The setting that the options describe."""
+    chosen = get_profile(profile)
+    if seeds is not None:
+        chosen = chosen.with_seeds(integers(seeds, "--seeds"))
+    return Setting(chosen, choose_data(data, results / "datasets"))
+
+
+def experiments_of(names: Sequence[str]) -> list[Experiment]:
+    """The experiments of those names, each once; `all` is every one but the demo, which `mergedt demo` runs."""
+    chosen = [name for given in names for name in (_all() if given == "all" else (given,))]
+    return [get_experiment(name) for name in dict.fromkeys(chosen)]
+
+
+def _all() -> list[str]:
+    return [name for name in experiments() if name != "demo"]
+
+
+def repeat_options(profile: str, data: str, seeds: str | None, results: Path) -> str:
+    """The options that give the same setting again, for sentences that say what to run."""
+    options = [f"--profile {profile}"]
+    options += [f"--data '{data}'"] * (data != RECORDED) + [f"--seeds {seeds}"] * (seeds is not None)
+    options += [f"--results {results}"] * (results != RESULTS)
+    return " ".join(options)

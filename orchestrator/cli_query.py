@@ -1,0 +1,56 @@
+"""Writing the rows of a query for people and for programs."""
+
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+from rich.table import Table as RichTable
+
+from orchestrator.cli_options import console
+from orchestrator.store import write_atomically
+
+FORMS = ("table", "csv", "json", "parquet")
+
+
+def write_rows(rows: pa.Table, form: str, output: Path | None) -> None:
+    """Print the rows, or write them to `output`, in one of FORMS."""
+    if form == "table" and output is None:
+        console.print(_rich(rows))
+        return
+    content = _bytes(rows, form)
+    if output is not None:
+        write_atomically(output.absolute(), content)
+    else:
+        sys.stdout.write(content.decode())
+
+
+def _bytes(rows: pa.Table, form: str) -> bytes:
+    sink = BytesIO()
+    if form == "parquet":
+        pq.write_table(rows, sink)
+    elif form == "csv":
+        csv.write_csv(rows, sink)
+    elif form == "json":
+        sink.write(json.dumps(rows.to_pylist(), default=str, ensure_ascii=False, indent=1).encode() + b"\n")
+    else:
+        lines = [rows.column_names, *([_cell(value) for value in row.values()] for row in rows.to_pylist())]
+        sink.write("\n".join("\t".join(line) for line in lines).encode() + b"\n")
+    return sink.getvalue()
+
+
+def _rich(rows: pa.Table) -> RichTable:
+    table = RichTable(*rows.column_names)
+    for row in rows.to_pylist():
+        table.add_row(*(_cell(value) for value in row.values()))
+    table.caption = f"{rows.num_rows} rows"
+    return table
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,97 @@
+"""Where the offline data comes from: recorded here, or a template that names one imported dataset per task and quality."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Literal, Protocol
+
+from dt.errors import UserError
+from dt.tasks import get_task
+from orchestrator.profiles import Profile
+from orchestrator.recipes import Dataset, Imported, Quality, Recording
+
+RECORDED = "recorded"
+MINARI = "minari:"
+SUFFIXES = (".hdf5", ".h5", ".pkl", ".pickle")
+TargetReturn = float | Literal["best"]
+
+
+class DataChoice(Protocol):
+    """What an experiment asks of its data."""
+
+    def dataset(self, task: str, quality: Quality, profile: Profile) -> Dataset: ...
+
+    def target_return(self, task: str) -> TargetReturn: ...
+
+    def describe(self, profile: Profile) -> str: ...
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recorded here from the shipped behaviour policies; the return target is the data's best episode."""
+
+    def dataset(self, task: str, quality: Quality, profile: Profile) -> Recording:
+        return Recording(
+            task=task, quality=quality, episodes=profile.recorded_episodes, seed=profile.recording_seed
+        )
+
+    def target_return(self, task: str) -> TargetReturn:
+        get_task(task)
+        return "best"
+
+    def describe(self, profile: Profile) -> str:
+        return (
+            f"recorded here from the shipped behaviour policies, {profile.recorded_episodes} episodes of each "
+            "(medium-expert: of both); return target at evaluation: the best episode of the data."
+        )
+
+
+@dataclass(frozen=True)
+class FromTemplate:
+    """One dataset of others per task and quality, pinned by its content; the return target is the paper's."""
+
+    template: str  # minari:mujoco/{task}/{quality}-v0, /data/{task}-{quality}-v2.hdf5 or .pkl
+    root: Path | None = None  # of Minari datasets, before Minari's own
+
+    def __post_init__(self) -> None:
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
+        except ValueError as error:
+            raise UserError(f"data {self.template!r} is not a template: {error}") from error
+        if not fields <= {"task", "quality"}:
+            odd = ", ".join(sorted(fields - {"task", "quality"}))
+            raise UserError(f"data {self.template!r} asks for {odd}: a template may name only {{task}} and {{quality}}")
+        known = self.template.startswith(MINARI) or Path(self.template).suffix in SUFFIXES
+        if not known:
+            raise UserError(
+                f"unknown data {self.template!r}: give '{RECORDED}', 'minari:mujoco/{{task}}/{{quality}}-v0' "
+                "or a path to .hdf5 or .pkl files such as '/data/{task}-{quality}-v2.hdf5'"
+            )
+
+    def dataset(self, task: str, quality: Quality, profile: Profile) -> Imported:
+        del profile
+        source = self.template.format(task=get_task(task).name, quality=quality).removeprefix(MINARI)
+        if not self.template.startswith(MINARI):
+            source = str(Path(source).expanduser().absolute())  # workers have another working directory
+        content_hash = _content_hash(source, task, self.root)
+        return Imported(task=task, source=source, quality=quality, content_hash=content_hash)
+
+    def target_return(self, task: str) -> TargetReturn:
+        return get_task(task).target_return
+
+    def describe(self, profile: Profile) -> str:
+        del profile
+        return f"`{self.template}`; return target at evaluation: the paper's."
+
+
+@cache
+def _content_hash(source: str, task: str, root: Path | None) -> str:
+    from dt.data.sources import load_imported  # heavy: only where data of others is used
+
+    return load_imported(source, task, root).content_hash
+
+
+def choose_data(option: str, root: Path | None = None) -> DataChoice:
+    """The meaning of `--data`. Raises UserError naming the forms that exist."""
+    return Recorded() if option == RECORDED else FromTemplate(option, root)

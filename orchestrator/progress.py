@@ -1,0 +1,84 @@
+"""Progress for people: bars on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+QUIET_SECONDS = 15.0  # between two lines, where there is no terminal
+
+
+class Phase:
+    """One kind of work under way: so many units done of so many."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.began = 0, time.monotonic()
+
+    def set(self, done: int, note: str = "") -> None:
+        """So many are done in all."""
+        self.done = min(done, self.total)
+        self._show(note)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """So many more are done."""
+        self.set(self.done + count, note)
+
+    def _show(self, note: str) -> None:
+        raise NotImplementedError
+
+
+class _Bar(Phase):
+    def __init__(self, name: str, total: int, unit: str, progress: Progress) -> None:
+        super().__init__(name, total, unit)
+        self._progress, self._task = progress, progress.add_task(name, total=total, unit=unit, note="")
+
+    def _show(self, note: str) -> None:
+        self._progress.update(self._task, completed=self.done, note=note)
+
+
+class _Lines(Phase):
+    def __init__(self, name: str, total: int, unit: str, console: Console) -> None:
+        super().__init__(name, total, unit)
+        self._console, self._shown = console, time.monotonic()
+        console.print(f"{name}: {total:,} {unit}", highlight=False)
+
+    def _show(self, note: str) -> None:
+        now = time.monotonic()
+        if now - self._shown < QUIET_SECONDS and self.done < self.total:
+            return
+        self._shown = now
+        elapsed = now - self.began
+        left = f", about {_duration(elapsed * (self.total / self.done - 1))} left" if 0 < self.done < self.total else ""
+        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {_duration(elapsed)}{left}"
+        self._console.print(f"{text}{f' ({note})' if note else ''}", highlight=False)
+
+
+@contextmanager
+def phase(console: Console, name: str, total: int, unit: str) -> Iterator[Phase]:
+    """Show one kind of work while the block runs."""
+    if not console.is_terminal:
+        yield _Lines(name, total, unit, console)
+        return
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bar(name, total, unit, progress)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,236 @@
+"""Figures and tables next to the paper's numbers, as Markdown and PNG, computed from the rows each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from orchestrator.answers import Answer, Cell, DataReturn, among, answers, shown_labels
+from orchestrator.estimates import LEVEL, Sample
+from orchestrator.experiment import Claim, Experiment, Figure, Measure, Setting, Table
+from orchestrator.figures import draw, spell
+from orchestrator.paper import NUMBERS
+from orchestrator.recipes import Dataset, Recording, closure
+from orchestrator.store import Store, write_atomically
+from orchestrator.tables import Tables
+
+NAME = "README.md"
+
+
+def write_report(experiments: Sequence[Experiment], setting: Setting, store: Store, folder: Path, command: str) -> Path:
+    """Render the experiments at a setting into `folder` and return the Markdown's path.
+
+    command: the options that repeat this setting, for the sentence that says what to run.
+    """
+    tables = Tables(store.tables)
+    found = answers(experiments, setting, tables, data_return(store))
+    for each in found:
+        if isinstance(each.experiment.show, Figure) and not each.missing:
+            draw(each, each.experiment.show, folder / f"{each.experiment.name}.png")
+    sections = [_header(found, setting, tables), _summary(found), *(_section(each, command) for each in found)]
+    path = folder / NAME
+    write_atomically(path, "\n\n".join(sections).encode() + b"\n")
+    return path
+
+
+def data_return(store: Store) -> DataReturn:
+    """The mean return of a dataset's episodes, where the dataset is at hand."""
+    found: dict[str, float | None] = {}
+
+    def mean(dataset: Dataset) -> float | None:
+        if dataset.id not in found:
+            found[dataset.id] = _mean_return(dataset, store)
+        return found[dataset.id]
+
+    return mean
+
+
+def _mean_return(dataset: Dataset, store: Store) -> float | None:
+    from dt.behaviour.record import is_recorded  # Minari takes seconds to import, and most reports need no data
+    from dt.data.sources import load_imported, load_recorded
+
+    if isinstance(dataset, Recording):
+        of = (dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
+        return float(load_recorded(*of).returns.mean()) if is_recorded(*of) else None
+    return float(load_imported(dataset.source, dataset.task).returns.mean())
+
+
+# --- text -----------------------------------------------------------------------------------------------------------------
+
+
+def number(sample: Sample | None, measure: Measure) -> str:
+    """A value with its interval: `0.98 [0.95, 1.01]`, or a dash where there is none."""
+    if sample is None:
+        return "–"
+    digits = {"score": 1, "return": 0}.get(measure, 2)
+    low, high = sample.interval
+    return f"{sample.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _header(found: Sequence[Answer], setting: Setting, tables: Tables) -> str:
+    profile = setting.profile
+    optimisation = profile.optimisation
+    return f"""# Results: profile `{profile.name}`
+
+Written by `mergedt report` from the rows in the tables; nothing here is typed by hand except what is marked as the paper's.
+
+* **Data:** {setting.data.describe(profile)}
+* **Policies:** {profile.architecture.layers} layers, {profile.architecture.heads} head(s), {profile.architecture.width} wide,
+  `{profile.architecture.activation}`; {optimisation.steps:,} steps of {optimisation.batch_size} windows at learning rate
+  {optimisation.learning_rate:g} ({optimisation.schedule}, {optimisation.precision}). Always the last checkpoint.
+* **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task.
+* **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5 environments
+  (the paper: v3 environments, D4RL data). **Retention:** score / score of the same policy before merging.
+* **Intervals:** {LEVEL:.0%}, stratified bootstrap over episodes. They cover the evaluation's noise for the trained policies at
+  hand, not that of training again; where there are several training seeds each counts the same.
+{_hardware(found, tables)}"""
+
+
+def _hardware(found: Sequence[Answer], tables: Tables) -> str:
+    points = [point for each in found for point in each.points if point.evaluation.id in each.rows]
+    evaluated = {point.evaluation.id: point.evaluation for point in points}
+    rows = tables.dataset("runs").to_table(filter=among("recipe", closure(iter(evaluated.values()))))
+    if not rows.num_rows:
+        return "* **Ran on:** no rows yet."
+    versions = ", ".join(
+        f"{name} {' / '.join(sorted(filter(None, set(rows[name].to_pylist()))))}"
+        for name in ("mergedt", "torch", "ray", "gymnasium", "mujoco")
+    )
+    machines = sorted({f"{row['cpus']} cores, {row['gpu'] or 'no GPU'}" for row in rows.to_pylist()})
+    time = {
+        kind: (pc.sum(part["seconds"]).as_py() or 0.0, part.num_rows)
+        for kind in ("recording", "train", "evaluate")
+        if (part := rows.filter(pc.equal(rows["kind"], kind))).num_rows
+    }
+    spent = ", ".join(f"{count} × {kind} {seconds / 60:.0f} min" for kind, (seconds, count) in time.items())
+    return f"* **Ran on:** {'; '.join(machines)}. {versions}. Wall time added up: {spent}."
+
+
+def _summary(found: Sequence[Answer]) -> str:
+    rows = [
+        (
+            f"[{each.experiment.name}](#{_anchor(each.experiment)})",
+            each.experiment.paper or "our own",
+            each.experiment.question,
+            f"{len({p.evaluation.id for p in each.points}) - len(each.missing)} of {len({p.evaluation.id for p in each.points})}",
+            _tally(each),
+        )
+        for each in found
+    ]
+    return markdown_table(("experiment", "paper", "question", "evaluations there", "agreement"), rows)
+
+
+def _tally(each: Answer) -> str:
+    judged = [found[1] for claim in each.experiment.claims if (found := each.judge(claim))]
+    parts = [f"{judged.count(v)} {v}" for v in ("agrees", "disagrees", "inconclusive") if v in judged]
+    return ", ".join(parts) or "–"
+
+
+def _anchor(experiment: Experiment) -> str:
+    kept = "".join(c for c in _heading(experiment).lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _heading(experiment: Experiment) -> str:
+    return f"{experiment.paper}: {experiment.title}" if experiment.paper else experiment.title
+
+
+def _section(each: Answer, command: str) -> str:
+    experiment = each.experiment
+    parts = [f"## {_heading(experiment)}", experiment.question]
+    if each.missing:
+        total = len({point.evaluation.id for point in each.points})
+        parts.append(
+            f"**{len(each.missing)} of {total} evaluations are missing:** `mergedt run {experiment.name} {command}`".rstrip()
+        )
+        return "\n\n".join(parts)
+    if isinstance(experiment.show, Figure):
+        parts.append(f"![{experiment.title}]({experiment.name}.png)")
+        parts.append(f"<details><summary>The numbers</summary>\n\n{_long_table(each)}\n\n</details>")
+    else:
+        if experiment.show.column is not None:
+            parts.append(_wide_table(each, experiment.show))
+            parts.append(f"<details><summary>With retention and sizes</summary>\n\n{_long_table(each)}\n\n</details>")
+        else:
+            parts.append(_long_table(each))
+    if experiment.claims:
+        parts.append(_agreement(each))
+    return "\n\n".join(parts)
+
+
+def _long_table(each: Answer) -> str:
+    """One line a cell."""
+    labels = shown_labels(each.experiment)
+    measures: tuple[Measure, ...] = ("score", "retention")
+    if each.experiment.show.value == "of_data":
+        measures = ("return", "score", "of_data")
+    papers = [paper_score(each.experiment, cell) for cell in each.cells]
+    with_paper = any(value is not None for value in papers)
+    header = [*labels, *(m.replace("of_data", "of the data's mean return") for m in measures)]
+    header += ["paper's score"] * with_paper + ["episodes", "training seeds"]
+    rows = [
+        [
+            *(spell(name, cell.labels[name]) for name in labels),
+            *(number(cell.estimates.get(measure), measure) for measure in measures),
+            *([f"{value:.1f}" if value is not None else "–"] * with_paper),
+            str(cell.episodes),
+            str(cell.seeds),
+        ]
+        for cell, value in zip(each.cells, papers, strict=True)
+    ]
+    return markdown_table(header, rows)
+
+
+def _wide_table(each: Answer, show: Table) -> str:
+    """Laid out like the paper's: ours with its interval, the paper's in bold beneath."""
+    assert show.column is not None
+    columns = list(dict.fromkeys(cell.labels[show.column] for cell in each.cells))
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for cell in each.cells:
+        paper = paper_score(each.experiment, cell)
+        ours = number(cell.estimates.get(show.value), show.value)
+        key = tuple(spell(name, cell.labels[name]) for name in show.rows)
+        lines.setdefault(key, []).append(ours if paper is None else f"{ours}<br>**paper {paper:.1f}**")
+    header = [*show.rows, *(spell(show.column, column) for column in columns)]
+    return markdown_table(header, ([*key, *line] for key, line in lines.items()))
+
+
+def _agreement(each: Answer) -> str:
+    rows = []
+    for claim in each.experiment.claims:
+        found = each.judge(claim)
+        observed, said = (number(found[0], claim.value), f"**{found[1]}**") if found else ("–", "cannot be computed")
+        rows.append((claim.statement, expected(claim), observed, said))
+    title = "Agreement with the paper" if each.experiment.paper else "Expected"
+    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows)
+
+
+def expected(claim: Claim) -> str:
+    """How a claim was turned into a number.
+
+    >>> expected(Claim(statement="", terms=((1, {}),), expected="at least", bound=0.95))
+    'retention ≥ 0.95'
+    """
+    quantity = claim.value.replace("of_data", "share of the data's mean return")
+    if len(claim.terms) > 1:
+        quantity = f"difference in {quantity}"
+    sign = {"at least": "≥", "at most": "≤", "about": "≈"}[claim.expected]
+    return f"{quantity} {sign} {claim.bound:g}"
+
+
+def paper_score(experiment: Experiment, cell: Cell) -> float | None:
+    """The score the paper prints for a cell."""
+    values = {str(value) for value in cell.labels.values()}
+    for printed in NUMBERS:
+        if printed.experiment == experiment.name and printed.metric == "score":
+            if {printed.task, printed.dataset or printed.task, printed.configuration} <= values:
+                return printed.value
+    return None

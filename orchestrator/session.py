@@ -1,0 +1,172 @@
+"""Connecting to Ray: a configured cluster, else RAY_ADDRESS, else an embedded Ray that ends with the run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dt.errors import UserError
+
+_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output engine prints boxes even when silenced
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no five log files for each trial: our tables are the log
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run; Tune's handler would only stop scheduling
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's snapshots are never restored: resume is plan minus store
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, and it silences a warning
+}
+_FOLDER = "mergedt-ray"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live connection. embedded: to a Ray of our own on this machine, which ends with the run."""
+
+    embedded: bool
+    cpus: int
+    gpus: int
+
+
+@contextmanager
+def connect(address: str | None = None, *, cpus: int | None = None, dashboard: bool = False) -> Iterator[Session]:
+    """Connect to Ray for the length of the block, or use the connection there is; ends only what it started.
+
+    cpus: of an embedded Ray, all of the machine's when None. dashboard: of an embedded Ray; Ray Train needs it to give
+    the CPUs of a run that crashed back. Raises UserError when the cluster cannot be reached.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    if ray.is_initialized():
+        yield _session(embedded=False)
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if where == "local":
+        with _folder() as folder:
+            _authenticate(new_cluster=True)
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir=str(folder),
+                )
+                yield _session(embedded=True)
+            finally:
+                ray.shutdown()
+        return
+    _authenticate(new_cluster=False)
+    try:
+        ray.init(address=where, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
+            "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
+        ) from error
+    try:
+        yield _session(embedded=False)
+    finally:
+        ray.shutdown()
+
+
+def in_job() -> bool:
+    """Whether this process is the entry point of a Ray job: its working directory is a copy that vanishes."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_visible(folder: Path) -> None:
+    """Refuse a folder that some node of the cluster does not see: its training actors could not keep their checkpoints.
+
+    The driver writes a mark and a task on every node reads it and writes beside it. Raises UserError naming the nodes.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    with tempfile.NamedTemporaryFile(prefix=".visible-", dir=folder) as mark:
+        secret = secrets.token_hex(16)
+        Path(mark.name).write_text(secret)
+
+        @ray.remote(num_cpus=0, max_retries=1)
+        def sees(path: str) -> str:
+            try:
+                found = Path(path).read_text()
+                tempfile.NamedTemporaryFile(prefix=".visible-", dir=Path(path).parent).close()
+            except OSError as error:
+                return error.strerror or str(error)
+            return found
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        answers = ray.get([sees.options(scheduling_strategy=where).remote(mark.name) for where in on], timeout=300)
+    blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if answer != secret]
+    if blind:
+        raise UserError(
+            f"the node{'s' * (len(blind) > 1)} {', '.join(sorted(blind))} of the Ray cluster cannot read and write "
+            f"{folder}: give a folder that all nodes share with --results"
+        )
+
+
+def _session(*, embedded: bool) -> Session:
+    import ray
+
+    resources = ray.cluster_resources()
+    return Session(embedded, cpus=max(1, int(resources.get("CPU", 1))), gpus=int(resources.get("GPU", 0)))
+
+
+def _authenticate(*, new_cluster: bool) -> None:
+    """Token authentication, always said explicitly: Ray's default depends on what ran on this machine before.
+
+    Ray would make the token's file readable for everyone.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or not new_cluster:
+        return
+    token = secrets.token_hex(32)
+    try:
+        path = Path.home() / ".ray" / "auth_token"
+        if path.is_file():
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(token)
+    except FileExistsError:  # another process was first
+        return
+    except (OSError, RuntimeError):  # no home that can be written, as in many containers
+        os.environ["RAY_AUTH_TOKEN"] = token
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A short path, for Ray's sockets may have 107 bytes, removed afterwards; and those of killed runs with it."""
+    parent = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    for leftover in parent.glob(f"{_FOLDER}-*-*"):
+        if not _alive(leftover.name.split("-")[-2]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}-{os.getpid()}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True

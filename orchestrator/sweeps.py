@@ -1,0 +1,84 @@
+"""Sweeps on Ray Tune: one trial is one line of a sweep, and its jobs stream through the shared rollout pool."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+from ray import tune
+
+from orchestrator.plan import trained
+from orchestrator.progress import Phase
+from orchestrator.recipes import Evaluate, Train
+from orchestrator.rollouts import Failure, RolloutPool, Rows, explain, jobs_of
+from orchestrator.store import Store
+from orchestrator.tables import Tables
+from orchestrator.tuning import run_trials
+
+Line = tuple[Evaluate, ...]
+
+
+def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
+    """Group evaluations into lines: the whole α grid of one pair and group, or one policy alone. Order is kept."""
+    lines: dict[tuple[object, ...], list[Evaluate]] = {}
+    for evaluation in evaluations:
+        lines.setdefault(_line_key(evaluation), []).append(evaluation)
+    return [tuple(line) for line in lines.values()]
+
+
+def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
+    policy = evaluation.policy
+    settings = (evaluation.task, evaluation.episodes, evaluation.seed, evaluation.target_return, evaluation.precision)
+    group = None if isinstance(policy, Train) else policy.group
+    return (*settings, policy.kind, group, *(train.id for train in trained(policy)))
+
+
+def sweep(
+    evaluations: Sequence[Evaluate], store: Store, tables: Tables, *, workers: int, phase: Phase
+) -> list[Failure]:
+    """Evaluate and commit all of them; returns those that failed. Their trained policies must be in the store."""
+    experts = {train.id: train for evaluation in evaluations for train in trained(evaluation.policy)}
+    # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
+    weights = {train.id: (train, ray.put(store.load_policy(train).arrays())) for train in experts.values()}
+    pool = RolloutPool.remote(workers, weights)
+    lines = lines_of(evaluations)
+    failures: list[Failure] = []
+
+    def commit(report: dict[str, Any]) -> None:
+        results = report.pop("results", [])
+        for result in results:
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                _commit(result, tables)
+        phase.advance(len(results))
+
+    try:
+        died = run_trials(
+            tune.with_parameters(_run_line, pool=pool, lines=[pickle.dumps(line) for line in lines]),
+            "line",
+            list(range(len(lines))),
+            commit,
+            concurrent=min(len(lines), workers + 2),
+        )
+    finally:
+        ray.kill(pool)
+    return [*failures, *(Failure("", "a line of the sweep", explain(error)) for error in died)]
+
+
+def _run_line(config: dict[str, Any], pool: Any, lines: list[bytes]) -> None:
+    """The trial: all jobs of a line into the pool at once, each reported as soon as it is done."""
+    line: Line = pickle.loads(lines[config["line"]])
+    waiting = [pool.evaluate.remote(job) for job in jobs_of(line)]
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        tune.report({"results": [result for results in ray.get(ready) for result in results]})
+
+
+def _commit(rows: Rows, tables: Tables) -> None:
+    """The episodes last: they say that the evaluation is done, so a kill in between costs a repetition at most."""
+    tables.append("policies", rows.policies["policy"][0].as_py(), rows.policies)
+    tables.append("runs", rows.evaluation, rows.runs)
+    tables.append("episodes", rows.evaluation, rows.episodes)

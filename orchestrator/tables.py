@@ -1,0 +1,377 @@
+"""The tables: Arrow schemas, exactly-once append, SQL.
+
+A table is one compacted file, `<table>.parquet`, and parts, `<table>/<recipe id>.parquet`, one for each recipe whose rows
+came since. Facts never change, so a part whose recipe is in the compacted file already says nothing new and is ignored.
+Declarations (which evaluations answer which experiment, the paper's numbers) may be restated: there the part is the newer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from dt.errors import UserError, unknown
+from orchestrator.store import write_atomically
+
+TEXT, INTEGER, SHORT, REAL, TRUTH = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
+TIME = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table's columns, the columns that name its parts, the order of its rows, and whether it holds facts."""
+
+    schema: pa.Schema
+    key: tuple[str, ...]
+    order: tuple[str, ...]
+    facts: bool = True
+
+
+def _schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"meaning": text}) for name, (kind, text) in columns.items()])
+
+
+SPECS: Mapping[str, TableSpec] = MappingProxyType(
+    {
+        "episodes": TableSpec(
+            _schema(
+                {
+                    "evaluation": (TEXT, "id of the Evaluate recipe"),
+                    "policy": (TEXT, "id of the policy's recipe: key of `policies`"),
+                    "task": (TEXT, "task whose environment it ran in"),
+                    "episode": (SHORT, "index in the evaluation, from 0"),
+                    "environment_seed": (INTEGER, "seed of the environment's reset: the evaluation's seed + episode"),
+                    "target_return": (
+                        REAL,
+                        "return asked of the policy; null: the best episode's of its training data",
+                    ),
+                    "precision": (TEXT, "of the matrix products: float32 or bfloat16"),
+                    "return": (REAL, "undiscounted sum of rewards"),
+                    "length": (INTEGER, "steps"),
+                    "terminated": (TRUTH, "ended by falling, not by the time limit"),
+                    "score": (REAL, "D4RL-normalised return: 0 random, 100 expert"),
+                }
+            ),
+            ("evaluation",),
+            ("task", "policy", "evaluation", "episode"),
+        ),
+        "training": TableSpec(
+            _schema(
+                {
+                    "policy": (TEXT, "id of the Train recipe"),
+                    "task": (TEXT, "task it was trained for"),
+                    "step": (INTEGER, "optimiser steps taken"),
+                    "loss": (REAL, "mean action loss over the steps since the row before"),
+                    "gradient_norm": (REAL, "of the last step, before clipping"),
+                    "learning_rate": (REAL, "of the last step"),
+                    "seconds": (REAL, "wall time of the steps since the row before"),
+                }
+            ),
+            ("policy",),
+            ("task", "policy", "step"),
+        ),
+        "policies": TableSpec(
+            _schema(
+                {
+                    "policy": (TEXT, "id of the policy's recipe"),
+                    "kind": (TEXT, "train, merge or perturb"),
+                    "task": (TEXT, "task of its head: the target's, for a merge"),
+                    "source_tasks": (TEXT, "tasks of all trained policies it is made of, target first, joined by +"),
+                    "sources": (TEXT, "ids of those policies, joined by +"),
+                    "quality": (TEXT, "quality of the target's dataset: medium, expert, medium-expert"),
+                    "dataset": (TEXT, "recorded, or where the target's dataset was imported from"),
+                    "recorded_episodes": (INTEGER, "episodes asked of each behaviour policy; null when imported"),
+                    "group": (TEXT, "parameters merged or perturbed; null when trained"),
+                    "alpha": (REAL, "weight of the source in a pair; null for the uniform mean and when not merged"),
+                    "method": (TEXT, "mean, interpolate, random, identity or removed; null when trained"),
+                    "initialisation": (TEXT, "of the target's training"),
+                    "seed": (INTEGER, "of the target's training"),
+                    "perturbation_seed": (INTEGER, "of the random draw; null otherwise"),
+                    "width": (SHORT, "of the residual stream"),
+                    "layers": (SHORT, "transformer blocks"),
+                    "heads": (SHORT, "attention heads a block"),
+                    "activation": (TEXT, "of the MLP"),
+                    "context": (SHORT, "time steps in a window"),
+                    "steps": (INTEGER, "optimiser steps of the target's training"),
+                    "batch_size": (INTEGER, "windows a step"),
+                    "learning_rate": (REAL, "peak"),
+                    "warmup_steps": (INTEGER, "linear from 0"),
+                    "schedule": (TEXT, "after the warm-up: constant or cosine"),
+                    "weight_decay": (REAL, "AdamW's"),
+                    "clip_norm": (REAL, "global gradient norm"),
+                    "dropout": (REAL, "probability"),
+                    "precision": (TEXT, "of the matrix products in training"),
+                    "trunk_parameters": (INTEGER, "count"),
+                    "head_parameters": (INTEGER, "count, of the task's head"),
+                    "recipe": (TEXT, "canonical JSON of the recipe: its SHA-256 begins with the id"),
+                }
+            ),
+            ("policy",),
+            ("kind", "task", "policy"),
+        ),
+        "runs": TableSpec(
+            _schema(
+                {
+                    "recipe": (TEXT, "id of what was computed"),
+                    "kind": (TEXT, "recording, train or evaluate"),
+                    "started": (TIME, "UTC"),
+                    "seconds": (REAL, "wall time; an equal share of it for evaluations that ran stacked together"),
+                    "host": (TEXT, "machine"),
+                    "cpus": (SHORT, "of that machine"),
+                    "gpu": (TEXT, "model; null on CPU"),
+                    "threads": (SHORT, "torch threads"),
+                    "precision": (TEXT, "of the matrix products; null for a recording"),
+                    "mergedt": (TEXT, "version"),
+                    "torch": (TEXT, "version"),
+                    "ray": (TEXT, "version"),
+                    "mujoco": (TEXT, "version"),
+                    "gymnasium": (TEXT, "version"),
+                }
+            ),
+            ("recipe",),
+            ("kind", "started", "recipe"),
+        ),
+        "experiments": TableSpec(
+            _schema(
+                {
+                    "experiment": (TEXT, "name of the figure, table or study"),
+                    "profile": (TEXT, "budget it was asked at"),
+                    "point": (SHORT, "index in the experiment, from 0"),
+                    "evaluation": (TEXT, "id of the evaluation that answers it: key of `episodes`"),
+                    "policy": (TEXT, "id of the evaluated policy: key of `policies`"),
+                    "task": (TEXT, "task evaluated"),
+                    "target": (TEXT, "task whose policy the merge goes into; null when it has none"),
+                    "source": (TEXT, "task(s) merged into it; null when it has none"),
+                    "group": (TEXT, "group or unit merged or perturbed; null when none"),
+                    "alpha": (REAL, "weight of the source; null when none"),
+                    "dataset": (TEXT, "quality of the data"),
+                    "labels": (TEXT, "all the experiment's own labels of the point, as JSON"),
+                }
+            ),
+            ("experiment", "profile"),
+            ("experiment", "profile", "point"),
+            facts=False,
+        ),
+        "paper": TableSpec(
+            _schema(
+                {
+                    "experiment": (TEXT, "name of our experiment that reproduces it"),
+                    "task": (TEXT, "task, or the row's own label"),
+                    "dataset": (TEXT, "quality of the data; null when the paper does not say"),
+                    "configuration": (TEXT, "the column's label: what was merged, how"),
+                    "metric": (TEXT, "score, return, retention, …"),
+                    "value": (REAL, "as printed"),
+                    "standard_error": (REAL, "as printed; null when not"),
+                }
+            ),
+            ("experiment",),
+            ("experiment", "task", "dataset", "configuration", "metric"),
+            facts=False,
+        ),
+    }
+)
+SCHEMAS: Mapping[str, pa.Schema] = MappingProxyType({name: spec.schema for name, spec in SPECS.items()})
+
+SCORES = """
+CREATE VIEW scores AS
+WITH evaluations AS (
+    SELECT evaluation, policy, task, target_return, precision AS evaluation_precision,
+           min(environment_seed) AS evaluation_seed, count(*) AS episodes,
+           avg("return") AS mean_return, stddev_samp("return") AS return_deviation,
+           avg(score) AS mean_score, stddev_samp(score) AS score_deviation, avg(length) AS mean_length
+    FROM episodes GROUP BY evaluation, policy, task, target_return, precision
+)
+SELECT evaluations.*, policies.* EXCLUDE (policy, task) FROM evaluations LEFT JOIN policies USING (policy)
+"""
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_BARE_GROUP = re.compile(r"(?<![\"\w])group(?!\s+by\b)(?![\"\w])", re.IGNORECASE)
+_MAGIC = b"PAR1"
+
+
+class Tables:
+    """The tables under a folder. Makes nothing on disk until something is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self._compacted_keys: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
+
+    def append(self, table: str, key: str, rows: pa.Table) -> bool:
+        """Commit the rows of one recipe (`key`: its id); a second time does nothing, unless the table holds declarations.
+
+        For declarations `key` is the key columns joined by `-`. Returns whether something was written.
+        Raises UserError when the disk refuses, ValueError when the rows are not those of `key` in the table's schema.
+        """
+        spec = _spec(table)
+        if not _PART.fullmatch(key):
+            raise ValueError(f"{key!r} cannot name a part")
+        rows = rows.select(spec.schema.names).cast(spec.schema)
+        if _keys(rows, spec) != {key}:
+            raise ValueError(f"rows of {sorted(_keys(rows, spec))} given as those of {key}")
+        if spec.facts and key in self._compacted(table):
+            return False
+        return write_atomically(self._part(table, key), _parquet(rows), keep=spec.facts)
+
+    def done(self, table: str) -> frozenset[str]:
+        """Keys of all recipes whose rows are in the table."""
+        return self._compacted(table) | frozenset(self._parts(table))
+
+    def dataset(self, table: str) -> pads.Dataset:
+        """The table, each recipe's rows once. Empty when nothing was written. Raises UserError naming a corrupt file."""
+        spec = _spec(table)
+        parts, compacted = self._parts(table), self._file(table)
+        if not spec.facts:
+            old = self._read(compacted, spec) if compacted.is_file() else spec.schema.empty_table()
+            kept = old.filter(pa.array([key not in parts for key in _row_keys(old, spec)], TRUTH))
+            newer = [self._read(path, spec) for _, path in sorted(parts.items())]
+            return pads.dataset(pa.concat_tables([kept, *newer]))
+        known = self._compacted(table)
+        files = [path for key, path in sorted(parts.items()) if key not in known]
+        for path in files:
+            _check_ends(path)
+        if compacted.is_file():
+            files.insert(0, compacted)
+        if not files:
+            return pads.dataset(spec.schema.empty_table())
+        return pads.dataset([str(path) for path in files], schema=spec.schema, format="parquet")
+
+    def read(self, table: str) -> pa.Table:
+        """The whole table in memory, in its order."""
+        try:
+            rows = self.dataset(table).to_table()
+        except (pa.ArrowException, OSError) as error:
+            raise self._corrupt(table) or error from error
+        return rows.sort_by([(name, "ascending") for name in _spec(table).order])
+
+    def compact(self) -> None:
+        """Rewrite every table as its one file, in a fixed order, then remove its parts. A kill in between loses nothing."""
+        for table, spec in SPECS.items():
+            parts = self._parts(table)
+            if parts:
+                write_atomically(self._file(table), _parquet(self.read(table).cast(spec.schema)))
+                for path in parts.values():
+                    path.unlink(missing_ok=True)
+
+    def query(self, sql: str) -> pa.Table:
+        """The answer to one SELECT over the tables and the view `scores`, by DuckDB, which can reach nothing else.
+
+        Raises UserError in one line on anything but a single SELECT or EXPLAIN, and on an error in it.
+        """
+        import duckdb
+
+        with duckdb.connect(":memory:") as connection:
+            for table in SPECS:
+                connection.register(table, self.dataset(table))
+            connection.execute(SCORES)
+            # Order matters: a locked configuration cannot be changed, and without a temporary folder nothing spills to disk.
+            connection.execute("SET memory_limit='2GB'; SET temp_directory=''")
+            connection.execute("SET enable_external_access=false; SET lock_configuration=true")
+            try:
+                statements = duckdb.extract_statements(sql)
+                allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+                if len(statements) != 1 or statements[0].type not in allowed:
+                    raise UserError("one SELECT at a time, please: the tables can be read and not changed")
+                return connection.sql(sql).to_arrow_table()
+            except duckdb.Error as error:
+                corrupt = any(type(error) is kind for kind in (duckdb.IOException, duckdb.InvalidInputException))
+                raise (corrupt and self._diagnosed()) or UserError(_one_line(str(error), sql)) from error
+
+    # files
+
+    def _file(self, table: str) -> Path:
+        return self.root / f"{table}.parquet"
+
+    def _part(self, table: str, key: str) -> Path:
+        return self.root / table / f"{key}.parquet"
+
+    def _parts(self, table: str) -> dict[str, Path]:
+        folder = self.root / _known(table)
+        if not folder.is_dir():
+            return {}
+        return {path.stem: path for path in folder.iterdir() if path.suffix == ".parquet" and path.name[0] != "."}
+
+    def _compacted(self, table: str) -> frozenset[str]:
+        """Keys in the compacted file, read again only when it changed."""
+        path, spec = self._file(_known(table)), _spec(table)
+        if not path.is_file():
+            return frozenset()
+        version = (path.stat().st_mtime_ns, path.stat().st_size)
+        if self._compacted_keys.get(table, (None,))[0] != version:
+            keys = _keys(self._read(path, spec, columns=list(spec.key)), spec)
+            self._compacted_keys[table] = (version, keys)
+        return self._compacted_keys[table][1]
+
+    def _read(self, path: Path, spec: TableSpec, columns: list[str] | None = None) -> pa.Table:
+        try:
+            return pads.dataset(str(path), schema=spec.schema, format="parquet").to_table(columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt_file(path) from error
+
+    def _corrupt(self, table: str) -> UserError | None:
+        """The error for the first file of a table that cannot be read, if any."""
+        for path in (self._file(table), *sorted(self._parts(table).values())):
+            if path.is_file():
+                try:
+                    pq.read_table(path)
+                except (pa.ArrowException, OSError):
+                    return _corrupt_file(path)
+        return None
+
+    def _diagnosed(self) -> UserError | None:
+        return next((found for table in SPECS if (found := self._corrupt(table))), None)
+
+
+def _known(table: str) -> str:
+    if table not in SPECS:
+        raise unknown("table", table, SPECS)
+    return table
+
+
+def _spec(table: str) -> TableSpec:
+    return SPECS[_known(table)]
+
+
+def _row_keys(rows: pa.Table, spec: TableSpec) -> list[str]:
+    columns: list[Any] = [rows[name] for name in spec.key]
+    joined = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "-")
+    return [str(key) for key in joined.to_pylist()]
+
+
+def _keys(rows: pa.Table, spec: TableSpec) -> frozenset[str]:
+    return frozenset(_row_keys(rows.select(list(spec.key)).group_by(list(spec.key)).aggregate([]), spec))
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _check_ends(path: Path) -> None:
+    """Refuse a truncated file by its two marks: much cheaper than opening each as Parquet."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(max(-4, -path.stat().st_size), 2)
+        if head != _MAGIC or file.read() != _MAGIC or path.stat().st_size < 12:
+            raise _corrupt_file(path)
+
+
+def _corrupt_file(path: Path) -> UserError:
+    remedy = "restore it from git" if path.parent.name == "tables" else "delete it and run the same command again"
+    return UserError(f"{path} is truncated or not Parquet: {remedy}")
+
+
+def _one_line(message: str, sql: str) -> str:
+    """DuckDB's message with its suggestion, without the excerpt that points into the query."""
+    said = " ".join(line.strip() for line in message.split("\nLINE ")[0].splitlines() if line.strip())
+    if said.startswith("Parser Error") and _BARE_GROUP.search(sql):
+        said += ' (the column is written "group", with the quotes: GROUP is a word of SQL)'
+    return said

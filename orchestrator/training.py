@@ -1,0 +1,278 @@
+"""Training on Ray Train: one `TorchTrainer` a recipe, named by the recipe's id, launched from a thin Tune trial.
+
+The worker keeps checkpoints under `training/<id>/` and, when it is through, leaves the policy and its rows there; the
+driver alone moves them into the store and the tables. A run that is killed, anywhere, goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dt.errors import UserError
+from dt.tasks import get_task
+from orchestrator.progress import Phase
+from orchestrator.recipes import Imported, Train
+from orchestrator.rollouts import Failure, describe, explain
+from orchestrator.rows import parameter_counts, policy_row, run_row, run_rows, training_rows
+from orchestrator.store import Store, write_atomically
+from orchestrator.tables import Tables
+
+if TYPE_CHECKING:
+    from dt.data.trajectories import Trajectories
+    from dt.training.loop import TrainingState
+
+LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
+MAX_FAILURES = 3  # lost workers a run survives; a mistake of the user is not tried again
+_STATE, _LOG = "state.safetensors", "log.json"
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() waits for the controller's next look: 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a helper process of 120 MB for each run
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a loaded laptop takes its time to import torch
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How trainings share the machine: `count` at once, each with so many torch threads and that part of a GPU."""
+
+    count: int
+    threads: int
+    gpu: float
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that Ray sets aside for one; a little fewer than it uses, for the waiting trials need some. Whole above 1."""
+        return 0.9 if self.threads == 1 else self.threads - 1
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a training worker has to know; travels as JSON."""
+
+    recipe: str
+    results: str
+    threads: int
+    gpu: bool
+    checkpoint_seconds: float
+
+
+def train_all(
+    recipes: Sequence[Train], store: Store, tables: Tables, *, slots: Slots, checkpoint_seconds: float, phase: Phase
+) -> list[Failure]:
+    """Train and commit all of them; returns those that failed."""
+    from orchestrator.tuning import run_trials
+
+    by_id = {recipe.id: recipe for recipe in recipes}
+    steps: dict[str, int] = {}
+    failures: list[Failure] = []
+
+    def on_report(report: dict[str, Any]) -> None:
+        if "finished" in report:
+            recipe = by_id[report["finished"]]
+            if report["error"]:
+                failures.append(Failure(recipe.id, describe(recipe), report["error"]))
+            else:
+                commit_outcome(recipe, store, tables)
+                steps[recipe.id] = recipe.optimisation.steps
+            phase.set(sum(steps.values()))
+        elif "training" in report:
+            steps[report["training"]] = report["step"]
+            phase.set(sum(steps.values()), f"loss {report['loss']:.4f}")
+
+    work = [
+        asdict(_Work(recipe.model_dump_json(), str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds))
+        for recipe in recipes
+    ]
+    launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
+    died = run_trials(launch, "work", work, on_report, concurrent=slots.count)
+    return [*failures, *(Failure("", "a training", explain(error)) for error in died)]
+
+
+def commit_outcome(recipe: Train, store: Store, tables: Tables) -> bool:
+    """Commit what a finished training left under `training/<id>/`, if it did; a kill in between is made good next time.
+
+    Policy first, then rows, then the folder goes: as long as it is there, the outcome can be committed again.
+    """
+    outcome = store.adopt_trained(recipe)
+    if outcome is None:
+        return False
+    tables.append("training", recipe.id, training_rows(recipe, outcome["metrics"]))
+    tables.append("policies", recipe.id, policy_row(recipe, *outcome["parameters"]))
+    tables.append("runs", recipe.id, run_rows(outcome["run"]))
+    store.discard_training(recipe)
+    return True
+
+
+# --- in the Tune trial ------------------------------------------------------------------------------------------------
+
+
+def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
+    """Run one training with Ray Train and report how it ended. Progress passes through to Tune on its way."""
+    from ray import tune
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    work = _Work(**config["work"])
+    recipe = Train.model_validate_json(work.recipe)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=config["work"],
+        scaling_config=ScalingConfig(
+            num_workers=1, use_gpu=gpu > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpu} if gpu > 0 else {})
+        ),
+        run_config=RunConfig(
+            name=recipe.id,
+            storage_path=str(Store(Path(work.results)).training),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    try:
+        error = trainer.fit().return_value
+    except Exception as failure:
+        causes = getattr(failure, "worker_failures", {})
+        error = explain(next(iter(causes.values()), failure))
+    tune.report({"finished": recipe.id, "error": error})
+
+
+# --- in the training worker -------------------------------------------------------------------------------------------
+
+
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """Train to the end. Returns a mistake of the user as a sentence: raised, it would be tried again."""
+    try:
+        _train(_Work(**config))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _train(work: _Work) -> None:
+    import ray.train
+    import torch
+
+    from dt.training.loop import train
+
+    recipe, store = Train.model_validate_json(work.recipe), Store(Path(work.results))
+    torch.set_num_threads(work.threads)
+    device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
+    trajectories = load_dataset(recipe, store)
+    with _resumed() as (state_file, log):
+        cadence = _Cadence(work.checkpoint_seconds)
+        for state in train(
+            get_task(recipe.task),
+            trajectories,
+            recipe.architecture,
+            recipe.optimisation,
+            recipe.seed,
+            resume=state_file,
+            log_every=LOG_EVERY,
+            device=device,
+        ):
+            log.add(state)
+            if state.done:
+                policy = state.policy()
+            elif cadence.due():
+                with cadence.measured(), tempfile.TemporaryDirectory() as folder:
+                    state.save(Path(folder, _STATE))
+                    write_atomically(Path(folder, _LOG), log.to_json())
+                    ray.train.report(
+                        {"training": recipe.id, "step": state.step, "loss": state.metrics["loss"]},
+                        checkpoint=ray.train.Checkpoint.from_directory(folder),
+                    )
+    run = run_row(
+        recipe, log.started, log.seconds, threads=work.threads, precision=recipe.optimisation.precision, gpu=gpu
+    )
+    parameters = parameter_counts(policy, recipe.task)
+    store.save_trained(recipe, policy, {"metrics": log.metrics, "parameters": parameters, "run": run})
+
+
+def load_dataset(recipe: Train, store: Store) -> Trajectories:
+    """The data a recipe is trained on. Raises UserError when it is missing, damaged, or not the one the recipe names."""
+    from dt.data.sources import load_imported, load_recorded
+
+    dataset = recipe.dataset
+    if not isinstance(dataset, Imported):
+        return load_recorded(dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
+    trajectories = load_imported(dataset.source, dataset.task, store.datasets)
+    if trajectories.content_hash != dataset.content_hash:
+        raise UserError(
+            f"the dataset {dataset.source} has changed: its content is {trajectories.content_hash[:12]}…, the recipe was "
+            f"made for {dataset.content_hash[:12]}…; restore it, or run the command again to use the new one"
+        )
+    return trajectories
+
+
+class _Log:
+    """The rows of a training so far, and how long it took; kept beside the state, so that a resume repeats none."""
+
+    def __init__(self, metrics: list[dict[str, float]], started: datetime, seconds: float) -> None:
+        self.metrics, self.started = metrics, started
+        self._seconds_before, self._clock = seconds, time.perf_counter()
+
+    @classmethod
+    def from_json(cls, text: str) -> _Log:
+        """The inverse of `to_json`."""
+        saved: dict[str, Any] = json.loads(text)
+        return cls(saved["metrics"], datetime.fromisoformat(saved["started"]), saved["seconds"])
+
+    def to_json(self) -> bytes:
+        """All of it, for the checkpoint."""
+        saved = {"metrics": self.metrics, "started": self.started.isoformat(), "seconds": self.seconds}
+        return json.dumps(saved).encode()
+
+    def add(self, state: TrainingState) -> None:
+        """One more row."""
+        self.metrics.append(dict(state.metrics))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this attempt and of those it continues."""
+        return self._seconds_before + time.perf_counter() - self._clock
+
+
+@contextmanager
+def _resumed() -> Iterator[tuple[Path | None, _Log]]:
+    """The state and the log to go on from: of the last checkpoint Ray Train knows, or none and an empty log."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None, _Log([], datetime.now(UTC), 0.0)
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder, _STATE), _Log.from_json(Path(folder, _LOG).read_text())
+
+
+class _Cadence:
+    """When to write a checkpoint: every so many seconds, or more rarely where writing one takes long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self._last >= self._seconds
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Round the writing of a checkpoint: no more than a twentieth of the time shall go into it."""
+        began = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._seconds = max(self._seconds, 20 * (self._last - began))

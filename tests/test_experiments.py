@@ -1,0 +1,181 @@
+"""The experiments as declarations: they ask exactly what the paper asked, and share what can be shared."""
+
+from collections import Counter
+
+import pytest
+from pydantic import ValidationError
+
+from dt.errors import UserError
+from dt.merging.groups import parameters_of
+from experiments._units import kind_of, units_of
+from orchestrator.answers import baseline, select
+from orchestrator.data_choice import choose_data
+from orchestrator.experiment import Figure, Point, Setting, experiments, get_experiment, merged
+from orchestrator.profiles import PROFILES, get_profile
+from orchestrator.recipes import Evaluate, Merge, Perturb, Train, experts
+
+LAPTOP = Setting(get_profile("laptop"), choose_data("recorded"))
+ONE_SEED = Setting(get_profile("laptop").with_seeds([0]), choose_data("recorded"))
+
+
+def points(name: str, setting: Setting = ONE_SEED) -> list[Point]:
+    return list(get_experiment(name).points(setting))
+
+
+@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_experiment_at_every_profile(name: str, profile: str) -> None:
+    setting = Setting(get_profile(profile), choose_data("recorded"))
+    experiment, asked = get_experiment(name), points(name, setting)
+    assert experiment.name == name
+    labels = {tuple(sorted(point.labels.items())) for point in asked}
+    assert len(labels) == len(asked)  # labels tell points apart
+    assert len({tuple(sorted(point.labels)) for point in asked}) == 1  # all have the same ones
+    ids = {point.evaluation.id for point in asked}
+    assert {baseline(point.evaluation).id for point in asked} <= ids  # retention has its denominator
+    assert all(point.evaluation.episodes == setting.profile.evaluation_episodes for point in asked)
+    for claim in experiment.claims:
+        for _, where in claim.terms:
+            assert select(asked, where), claim.statement
+
+
+def test_figure_2a_is_six_ordered_pairs_by_units_by_alphas() -> None:
+    asked = points("figure_2a")
+    units = units_of(ONE_SEED.profile.architecture)
+    merges = [point for point in asked if point.labels["alpha"] != 0]
+    assert len(units) == 19
+    assert len(merges) == 6 * 19 * 2
+    assert Counter(point.labels["unit"] for point in merges) == dict.fromkeys(units, 12)
+    for point in merges:
+        policy = point.evaluation.policy
+        assert isinstance(policy, Merge)
+        assert [train.task for train in experts(policy)] == [point.labels["target"], point.labels["source"]]
+        assert (policy.group, policy.alpha) == (point.labels["unit"], point.labels["alpha"])
+        assert point.evaluation.task == point.labels["target"]
+
+
+def test_figure_2b_merges_prefixes_up_to_the_whole_trunk() -> None:
+    architecture = ONE_SEED.profile.architecture
+    asked = [point for point in points("figure_2b") if point.labels["target"] == "hopper"]
+    assert [point.labels["merged"] for point in asked] == list(range(20))
+    assert isinstance(asked[0].evaluation.policy, Train)
+    sizes = []
+    for point in asked[1:]:
+        policy = point.evaluation.policy
+        assert isinstance(policy, Merge)
+        assert policy.alpha == 0.5
+        sizes.append(len(parameters_of(policy.group, architecture)))
+    assert sizes == [2 * count for count in range(1, 20)]
+    last = asked[-1].evaluation.policy
+    assert isinstance(last, Merge)
+    assert parameters_of(last.group, architecture) == parameters_of("trunk", architecture)
+
+
+def test_figure_3_covers_the_grid_both_ways_and_shares_alpha_0() -> None:
+    asked = points("figure_3", LAPTOP)
+    seeds = len(LAPTOP.profile.training_seeds)
+    assert len(asked) == 3 * 2 * 11 * seeds
+    unmerged = [point.evaluation for point in asked if point.labels["alpha"] == 0]
+    assert len(unmerged) == 6 * seeds
+    assert len({evaluation.id for evaluation in unmerged}) == 3 * seeds
+    expert_ids = {point.evaluation.id for point in points("experts", LAPTOP)}
+    assert {evaluation.id for evaluation in unmerged} <= expert_ids  # the very same evaluations
+    for point in asked:
+        assert len({train.seed for train in experts(point.evaluation.policy)}) == 1  # pairs of one training seed
+
+
+def test_table_1_is_nine_policies_in_four_variants_with_one_draw() -> None:
+    asked = points("table_1")
+    assert Counter(point.labels["attention"] for point in asked) == dict.fromkeys(
+        ("original", "random", "identity", "removed"), 9
+    )
+    draws = {
+        point.evaluation.policy.seed
+        for point in asked
+        if isinstance(point.evaluation.policy, Perturb) and point.evaluation.policy.how == "random"
+    }
+    assert len(draws) == 1
+    assert {point.labels["quality"] for point in asked} == {"medium-expert", "medium", "expert"}
+
+
+def test_merging_nothing_is_the_expert_itself() -> None:
+    target, source = ONE_SEED.expert("hopper", 0), ONE_SEED.expert("walker2d", 0)
+    assert merged(target, source, "attention", 0.0) is target
+    assert merged(target, source, "attention", 1.0) == Merge(sources=(target, source), group="attention", alpha=1.0)
+
+
+def test_the_baseline_has_its_own_identity() -> None:
+    target, source = ONE_SEED.expert("hopper", 0), ONE_SEED.expert("walker2d", 0)
+    evaluation = ONE_SEED.evaluate(merged(target, source, "mlp", 0.5), "hopper")
+    assert evaluation.id  # computed and kept before
+    assert baseline(evaluation).id == ONE_SEED.evaluate(target, "hopper").id != evaluation.id
+
+
+def test_units_have_kinds() -> None:
+    kinds = Counter(kind_of(unit) for unit in units_of(ONE_SEED.profile.architecture))
+    assert kinds == {"attention": 6, "mlp": 6, "layernorm": 7}
+    coarse = [kind_of(unit) for unit in units_of(ONE_SEED.profile.architecture, "coarse")]
+    assert coarse == ["layernorm", "attention", "layernorm", "mlp"] * 3 + ["layernorm"]
+
+
+def test_shown_labels_exist() -> None:
+    for name, experiment in experiments().items():
+        show = experiment.show
+        names = {show.x, show.series, show.panel} if isinstance(show, Figure) else {*show.rows, show.column}
+        assert names - {None} <= points(name)[0].labels.keys()
+
+
+def test_the_return_target_follows_the_data(tmp_path: object) -> None:
+    del tmp_path
+    imported = choose_data("/data/{task}-{quality}-v2.hdf5")
+    assert [imported.target_return(task) for task in ("hopper", "halfcheetah", "walker2d")] == [3600, 12000, 5000]
+    assert choose_data("recorded").target_return("hopper") == "best"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("recored", "unknown data 'recored'"),
+        ("/data/{robot}-{quality}.hdf5", "may name only"),
+        ("/data/{task-{quality}.hdf5", "not a template"),
+        ("/data/{task}.zip", "minari:mujoco"),
+    ],
+)
+def test_wrong_data_options_say_what_exists(option: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        choose_data(option)
+
+
+def test_a_missing_file_is_named_at_planning() -> None:
+    setting = Setting(get_profile("smoke"), choose_data("/nowhere/{task}-{quality}-v2.hdf5"))
+    with pytest.raises(UserError, match="/nowhere/halfcheetah-expert-v2.hdf5"):
+        points("figure_3", setting)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: get_experiment("figure3"), "figure_3"),
+        (lambda: get_profile("laptob"), "laptop"),
+        (lambda: ONE_SEED.expert("hoper", 0), "hopper"),
+        (lambda: select(points("figure_3"), {"alfa": 0.5}), "'alfa'"),
+        (lambda: get_profile("smoke").with_seeds([]), "at least one"),
+    ],
+)
+def test_mistakes_name_what_is_valid(call: object, says: str) -> None:
+    with pytest.raises((UserError, ValidationError), match=says):
+        call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("seeds", [[0, 0], [-1]])
+def test_seeds_are_different_and_not_negative(seeds: list[int]) -> None:
+    with pytest.raises(ValidationError, match="different and not negative"):
+        get_profile("smoke").with_seeds(seeds)
+
+
+def test_alpha_outside_is_refused() -> None:
+    target, source = ONE_SEED.expert("hopper", 0), ONE_SEED.expert("walker2d", 0)
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        merged(target, source, "attention", 1.5)
+    with pytest.raises(ValidationError):
+        Evaluate(policy=target, task="hopper", episodes=0, seed=0)
