@@ -5,7 +5,6 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import bootstrap
 
 from dt.tasks import Task
 
@@ -38,7 +37,8 @@ def retention_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over pairs of strata of mean(numerator)/mean(denominator).
 
-    Raises ValueError when the two are not pairs, without strata or with an empty one.
+    The limits are not finite where a denominator's mean is zero. Raises ValueError when the two are not pairs, without
+    strata or with an empty one.
     """
     pairs = [*zip(numerators, denominators, strict=True)]
     return _interval([_samples(stratum) for pair in pairs for stratum in pair], 2, level, seed)
@@ -54,23 +54,25 @@ def _samples(stratum: npt.ArrayLike) -> Float64:
 
 def _interval(strata: Sequence[Float64], group: int, level: float, seed: int) -> tuple[float, float]:
     """The interval of the mean over groups of 1 (a mean) or 2 (a ratio of means) consecutive strata."""
+    from scipy.stats import bootstrap  # a second to import, which a score does not need
+
     if not strata:
         raise ValueError("an interval needs at least one stratum")
 
     def statistic(*resampled: Float64, axis: int) -> Float64:
         means = np.stack([samples.mean(axis=axis) for samples in resampled])
-        with np.errstate(divide="ignore", invalid="ignore"):  # a denominator of zero gives an infinite interval
-            result: Float64 = (means if group == 1 else means[0::2] / means[1::2]).mean(axis=0)
+        result: Float64 = (means if group == 1 else means[0::2] / means[1::2]).mean(axis=0)
         return result
 
-    found = bootstrap(
-        strata,
-        statistic,
-        n_resamples=RESAMPLES,
-        batch=RESAMPLES // 4,  # bounds the memory to 500 × the episodes of a stratum
-        vectorized=True,
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    with np.errstate(divide="ignore", invalid="ignore"):  # a mean of zero below the line: limits that are not finite
+        found = bootstrap(
+            strata,
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=RESAMPLES // 4,  # bounds the memory to 500 × the episodes of a stratum
+            vectorized=True,
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
     return float(found.low), float(found.high)

@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
     claims=(
         *(
             Claim(
-                statement=f"attention parameters of another policy can be used with little to no decrease (α = {alpha:g})",
+                statement=f"another policy's attention can be used with little to no decrease (α = {alpha:g})",
                 terms=((1, {"kind": "attention", "alpha": alpha}),),
                 expected="at least",
                 bound=LITTLE_DECREASE,
@@ -53,7 +53,7 @@ EXPERIMENT = Experiment(
         ),
         *(
             Claim(
-                statement=f"the drop is larger within MLP than within attention layers (α = {alpha:g}; attention − MLP)",
+                statement=f"the drop is larger within MLP layers (α = {alpha:g}; attention − MLP)",
                 terms=((1, {"kind": "attention", "alpha": alpha}), (-1, {"kind": "mlp", "alpha": alpha})),
                 expected="at least",
                 bound=0.0,

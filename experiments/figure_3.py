@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from experiments._pairs import LITTLE_DECREASE, PAIRS
-from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
+from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, Where, merged
 
 STILL_GOOD = 0.5  # "but we still see good results": at least half of the score
 
@@ -27,8 +27,8 @@ def points(setting: Setting) -> Iterator[Point]:
                     )
 
 
-_WITHOUT_HOPPER = {"pair": "halfcheetah / walker2d", "alpha": 1.0}
-_WITH_HOPPER = {"pair": ("halfcheetah / hopper", "hopper / walker2d"), "alpha": 1.0}
+_WITHOUT_HOPPER: Where = {"pair": "halfcheetah / walker2d", "alpha": 1.0}
+_WITH_HOPPER: Where = {"pair": ("halfcheetah / hopper", "hopper / walker2d"), "alpha": 1.0}
 
 EXPERIMENT = Experiment(
     name="figure_3",
@@ -60,13 +60,13 @@ EXPERIMENT = Experiment(
             bound=STILL_GOOD,
         ),
         Claim(
-            statement="hopper keeps 79 % with the mean of its own and halfcheetah's attention (Table II, Attention (M))",
+            statement="hopper keeps 79 % at α = 0.5 with halfcheetah's attention (Table II, Attention (M))",
             terms=((1, {"target": "hopper", "source": "halfcheetah", "alpha": 0.5}),),
             expected="about",
             bound=0.79,
         ),
         Claim(
-            statement="halfcheetah keeps 98 % with the mean of its own and hopper's attention (Table II, Attention (M))",
+            statement="halfcheetah keeps 98 % at α = 0.5 with hopper's attention (Table II, Attention (M))",
             terms=((1, {"target": "halfcheetah", "source": "hopper", "alpha": 0.5}),),
             expected="about",
             bound=0.98,

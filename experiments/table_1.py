@@ -1,13 +1,14 @@
 """Table I: what a trained policy loses when its attention is replaced by noise, by ones, or by nothing."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from experiments._pairs import LITTLE_DECREASE, TASKS
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
-from orchestrator.recipes import Perturb, Quality
+from orchestrator.recipes import Perturb, Quality, Train
 
 QUALITIES: tuple[Quality, ...] = ("medium-expert", "medium", "expert")
-PERTURBATIONS = ("random", "identity", "removed")
+PERTURBATIONS: tuple[Literal["random", "identity", "removed"], ...] = ("random", "identity", "removed")
 DRAW = 0  # the paper fixes one random draw for all experiments
 
 
@@ -17,10 +18,9 @@ def points(setting: Setting) -> Iterator[Point]:
         for quality in QUALITIES:
             for task in TASKS:
                 expert = setting.expert(task, seed, quality)
-                variants = {"original": expert} | {
-                    how: Perturb(policy=expert, group="attention", how=how, seed=DRAW if how == "random" else 0)
-                    for how in PERTURBATIONS
-                }
+                variants: dict[str, Train | Perturb] = {"original": expert}
+                for how in PERTURBATIONS:
+                    variants[how] = Perturb(policy=expert, group="attention", how=how, seed=DRAW)
                 for attention, policy in variants.items():
                     yield Point(
                         labels={"quality": quality, "task": task, "attention": attention, "seed": seed},

@@ -41,13 +41,18 @@ class Answer:
     data_return: DataReturn
 
     @cached_property
+    def asked(self) -> frozenset[str]:
+        """Ids of the evaluations it takes."""
+        return frozenset(point.evaluation.id for point in self.points)
+
+    @cached_property
     def missing(self) -> frozenset[str]:
-        """Ids of the evaluations without rows."""
-        return frozenset(point.evaluation.id for point in self.points) - self.rows.keys()
+        """Ids of those without rows."""
+        return self.asked - self.rows.keys()
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """One for each combination of the labels that are shown, in the order of the points. None while rows are missing."""
+        """One for each combination of the labels shown, in the order of the points; none while rows are missing."""
         shown = shown_labels(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
         for point in () if self.missing else self.points:
@@ -113,7 +118,9 @@ def answers(
 ) -> list[Answer]:
     """Read the rows of the experiments' evaluations, all in one go, and of the unmerged policies' beside them."""
     points = {experiment.name: tuple(experiment.points(setting)) for experiment in experiments}
-    wanted = {e.id for some in points.values() for point in some for e in (point.evaluation, baseline(point.evaluation))}
+    wanted = {
+        e.id for some in points.values() for point in some for e in (point.evaluation, baseline(point.evaluation))
+    }
     episodes = tables.dataset("episodes").to_table(
         columns=["evaluation", "episode", "return", "score"], filter=among("evaluation", wanted)
     )
@@ -140,7 +147,7 @@ def shown_labels(experiment: Experiment) -> tuple[str, ...]:
     """The labels of an experiment's cells."""
     show = experiment.show
     if isinstance(show, Figure):
-        names = (show.panel, show.series, show.x, show.ticks, show.kind)
+        names: tuple[str | None, ...] = (show.panel, show.series, show.x, show.ticks, show.kind)
     else:
         names = (*show.rows, show.column)
     return tuple(dict.fromkeys(name for name in names if name is not None))

@@ -36,13 +36,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Train Decision Transformers per robot task, merge their weights, evaluate the merges, on a laptop or a Ray cluster.",
+    help="Train Decision Transformers per robot task, merge their weights, evaluate the merges.",
 )
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.behaviour, name="behaviour")
 
 Names = Annotated[list[str], typer.Argument(metavar="EXPERIMENT...", help="By name, or `all`: see `mergedt list`.")]
-Group = Annotated[str, typer.Option("--group", help="attention, mlp, layernorm, trunk, a unit, or several joined by +.")]
+Group = Annotated[
+    str, typer.Option("--group", help="attention, mlp, layernorm, trunk, a unit, or several joined by +.")
+]
 TargetOption = Annotated[str, typer.Option("--target", help="Task whose policy is merged into and evaluated.")]
 QualityOption = Annotated[Quality, typer.Option("--quality", help="Data the policies are trained on.")]
 
@@ -59,7 +61,9 @@ def list_() -> None:
     for experiment in experiments().values():
         table.add_row(experiment.name, experiment.paper or "–", experiment.question)
     console.print(table)
-    table = RichTable("profile", "for", "steps", "episodes", "seeds", title="Profiles: --profile NAME", title_justify="left")
+    table = RichTable(
+        "profile", "for", "steps", "episodes", "seeds", title="Profiles: --profile NAME", title_justify="left"
+    )
     for profile in PROFILES.values():
         seeds = ",".join(map(str, profile.training_seeds))
         evaluated = str(profile.evaluation_episodes)
@@ -105,7 +109,9 @@ def run(
 @app.command()
 def sweep(
     target: TargetOption,
-    source: Annotated[list[str], typer.Option("--source", help="Task merged into it; several take their uniform mean.")],
+    source: Annotated[
+        list[str], typer.Option("--source", help="Task merged into it; several take their uniform mean.")
+    ],
     group: Annotated[list[str], typer.Option("--group", help="What is merged; give it again for another line.")],
     alpha: Annotated[str | None, typer.Option("--alpha", help="Weights of the source, as in 0,0.5,1.")] = None,
     quality: QualityOption = "expert",
@@ -146,7 +152,9 @@ def sweep(
 
     rows = ("target", "source", "group", "alpha")
     show = Figure(x="alpha", series="group") if figure else Table(rows=rows, value="retention")
-    asked = Experiment(name="sweep", title=f"{'+'.join(source)} → {target}", paper="", question="", points=points, show=show)
+    asked = Experiment(
+        name="sweep", title=f"{'+'.join(source)} → {target}", paper="", question="", points=points, show=show
+    )
     compute([asked], setting, Store(results), address, workers, declare=False)
     show_answers([asked], setting, Store(results), figure)
 
@@ -171,17 +179,23 @@ def _merge(
 ) -> Train | Merge:
     experts = [at.expert(task, seed, quality) for task in (target, *source)]
     if weight is None:
-        return Merge(sources=tuple(experts), group=group)
-    Merge(sources=tuple(experts), group=group, alpha=weight)  # names a wrong group even at alpha = 0, where nothing is merged
+        return Merge(sources=tuple(experts), group=group, alpha=None)
+    Merge(
+        sources=tuple(experts), group=group, alpha=weight
+    )  # names a wrong group even at alpha = 0, where nothing is merged
     return merged(experts[0], experts[1], group, weight)
 
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help="One SELECT over episodes, training, policies, runs, experiments, paper, scores.")],
+    sql: Annotated[
+        str, typer.Argument(help="One SELECT over episodes, training, policies, runs, experiments, paper, scores.")
+    ],
     results: ResultsOption = RESULTS,
     form: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write there instead of to the terminal.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write there instead of to the terminal.")
+    ] = None,
 ) -> None:
     """Ask the tables in SQL."""
     from orchestrator.cli_query import FORMS, write_rows
@@ -201,9 +215,9 @@ def policies(results: ResultsOption = RESULTS) -> None:
     from orchestrator.tables import Tables
 
     rows = Tables(Store(results).tables).query(
-        'SELECT policy, kind, task, source_tasks, quality, "group", alpha, method, seed, steps, '
-        "round(avg(mean_score), 1) AS score, sum(episodes)::BIGINT AS episodes FROM policies LEFT JOIN scores "
-        "USING (policy, kind, task, source_tasks, quality, \"group\", alpha, method, seed, steps) GROUP BY ALL ORDER BY ALL"
+        'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
+        "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
+        "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
     )
     write_rows(rows, "table", None)
 
@@ -215,7 +229,9 @@ def report(
     results: ResultsOption = RESULTS,
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: report/ under the results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: report/ under the results.")
+    ] = None,
 ) -> None:
     """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
     from orchestrator.report import write_report
@@ -243,7 +259,9 @@ def compact(results: ResultsOption = RESULTS) -> None:
 def video(
     target: TargetOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The animated WebP to write.")],
-    source: Annotated[str | None, typer.Option("--source", help="Task merged into it; none: the policy as trained.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Task merged into it; none: the policy as trained.")
+    ] = None,
     group: Group = "attention",
     alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0)] = 0.5,
     quality: QualityOption = "expert",
@@ -262,16 +280,16 @@ def video(
     if source == target:
         raise UserError("target and source must be different tasks: their policies are otherwise the same")
     policy = (
-        _merge(setting, target, [source], group, alpha, seed, quality) if source else setting.expert(target, seed, quality)
+        _merge(setting, target, [source], group, alpha, seed, quality)
+        if source
+        else setting.expert(target, seed, quality)
     )
     film(setting.evaluate(policy, target), Store(results), output, steps)
     console.print(output)
 
 
 @app.command()
-def demo(
-    results: ResultsOption = RESULTS, address: AddressOption = None, workers: WorkersOption = None
-) -> None:
+def demo(results: ResultsOption = RESULTS, address: AddressOption = None, workers: WorkersOption = None) -> None:
     """Two robots, from offline data to a merged policy, its scores, its figure and its video, in minutes."""
     from orchestrator.cli_work import run_demo
 

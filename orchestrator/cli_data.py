@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table as RichTable
@@ -105,4 +105,36 @@ def _show_description(description: object) -> None:
     for field in fields(description):  # type: ignore[arg-type]
         value = getattr(description, field.name)
         table.add_row(field.name.replace("_", " "), f"{value:,.1f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+@behaviour.command()
+def train(
+    task: TaskOption,
+    medium_return: Annotated[float, typer.Option("--medium-return", help="The return that `medium` should have.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two policies.")],
+    algorithm: Annotated[Literal["SAC", "TQC"], typer.Option("--algorithm")] = "SAC",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Environment steps.")] = 1_000_000,
+    seed: SeedOption = 0,
+) -> None:
+    """Train medium and expert behaviour policies for an environment (needs the extra `behaviour`)."""
+    from dt.behaviour.train import Settings, train_behaviour_policies
+
+    settings = Settings(algorithm=algorithm, steps=steps, seed=seed)
+    train_behaviour_policies(get_task(task), medium_return, output, settings)
+
+
+@behaviour.command("list")
+def list_policies() -> None:
+    """The behaviour policies that ship with the project."""
+    from dt.behaviour.policy import load_behaviour_policy, shipped_policies
+
+    table = RichTable("task", "quality", "algorithm", "steps", "return", "score")
+    for task, quality in sorted(shipped_policies()):
+        found = load_behaviour_policy(task, quality).provenance
+        scored = found["evaluation"]["stochastic"]
+        steps = f"{found['environment_steps']:,}"
+        table.add_row(
+            task, quality, found["algorithm"], steps, f"{scored['mean_return']:.0f}", f"{scored['score']:.1f}"
+        )
     console.print(table)

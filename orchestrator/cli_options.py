@@ -21,7 +21,8 @@ log = Console(stderr=True)
 
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="The budget: see `mergedt list`.")]
 ResultsOption = Annotated[
-    Path, typer.Option("--results", envvar="MERGEDT_RESULTS", help="Folder of artefacts and tables; shared, on a cluster.")
+    Path,
+    typer.Option("--results", envvar="MERGEDT_RESULTS", help="Folder of artefacts and tables; shared, on a cluster."),
 ]
 DataOption = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""Where the offline data comes from: recorded here, or a template that names one imported dataset per task and quality."""
+"""Where the offline data comes from: recorded here, or a template that names one dataset per task and quality."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -32,9 +32,7 @@ class Recorded:
     """Recorded here from the shipped behaviour policies; the return target is the data's best episode."""
 
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Recording:
-        return Recording(
-            task=task, quality=quality, episodes=profile.recorded_episodes, seed=profile.recording_seed
-        )
+        return Recording(task=task, quality=quality, episodes=profile.recorded_episodes, seed=profile.recording_seed)
 
     def target_return(self, task: str) -> TargetReturn:
         get_task(task)

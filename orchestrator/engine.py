@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,18 @@ from rich.console import Console
 from dt.errors import UserError
 from orchestrator.plan import Plan, make_plan, trained
 from orchestrator.progress import phase
-from orchestrator.recipes import Evaluate, Recipe, Recording, Train, closure
+from orchestrator.recipes import Evaluate, Merge, Perturb, Recipe, Recording, Train
 from orchestrator.session import Session, check_visible, connect, in_job
 from orchestrator.store import Store, explained
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
+    from dt.data.trajectories import Trajectories
     from orchestrator.rollouts import Failure
     from orchestrator.training import Slots
+
+THREADS_SHARE = 4  # a training gets a quarter of the CPUs: small models gain little from more threads
+TRAININGS_PER_GPU = 4  # a base-size model leaves most of a GPU idle
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,22 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
         )
     store, tables = Store(settings.results), Tables(Store(settings.results).tables)
     plan = make_plan(recipes, store, tables)
-    if plan.empty and not _uncommitted(recipes, store):
-        console.print(plan.describe(), highlight=False)
+    if plan.empty and not _begun(recipes, store):
+        console.print(plan.describe(), highlight=False, soft_wrap=True)
         return plan
     with store.lock():
         store.sweep()
-        _commit_finished(recipes, store, tables)
+        if store.unfinished():
+            _commit_finished(recipes, store, tables)
         plan = make_plan(recipes, store, tables)  # again: another process may have worked until we got the lock
-        console.print(plan.describe(), highlight=False)
+        console.print(plan.describe(), highlight=False, soft_wrap=True)
         if not plan.empty:
             _run(plan, settings, store, tables, console)
     return plan
 
 
 def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: Console) -> None:
-    with connect(settings.address, cpus=settings.cpus, dashboard=bool(plan.trainings)) as session:
+    with connect(settings.address, cpus=settings.cpus) as session:
         if not session.embedded:
             check_visible(store.root)
         failures: list[Failure] = []
@@ -73,7 +79,7 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
             _record(plan.recordings, store, tables, console)
         if plan.trainings:
             failures += _train(plan, settings, session, store, tables, console)
-        stored = store.policies()
+        stored = store.policies()  # not those whose training failed
         ready = [e for e in plan.evaluations if all(train.id in stored for train in trained(e.policy))]
         if ready:
             failures += _evaluate(ready, settings, session, store, tables, console)
@@ -85,25 +91,135 @@ def _record(recordings: Sequence[Recording], store: Store, tables: Tables, conso
     """Chunks of all recordings in parallel; each recording is written here as soon as its last chunk is in."""
     import ray
 
-    from dt.behaviour.record import chunks, write_recording
+    from dt.behaviour.record import chunks
+    from orchestrator.rollouts import explain
+
+    began = datetime.now(UTC)
+    record = ray.remote(num_cpus=1, max_retries=3)(_record_chunk)
+    place: dict[ray.ObjectRef[_Chunk], tuple[Recording, int]] = {}
+    for recording in recordings:
+        for number, (first, count) in enumerate(chunks(recording.episodes)):
+            place[record.remote(recording, first, count)] = recording, number
+    collected: dict[str, dict[int, _Chunk]] = {recording.id: {} for recording in recordings}
+    with phase(console, "recordings", sum(recording.episodes for recording in recordings), "episodes") as shown:
+        waiting = list(place)
+        while waiting:
+            (reference,), waiting = ray.wait(waiting)
+            recording, number = place.pop(reference)
+            try:
+                chunk: _Chunk = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise UserError(f"recording {recording.quality} {recording.task} failed: {explain(error)}") from error
+            collected[recording.id][number] = chunk
+            if len(collected[recording.id]) == len(chunks(recording.episodes)):
+                done = collected.pop(recording.id)
+                _write_recording(recording, [done[index] for index in sorted(done)], began, store, tables)
+            shown.advance(chunk.trajectories.episodes, f"{recording.task} {recording.quality}")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    trajectories: Trajectories
+    seconds: float
+
+
+def _record_chunk(recording: Recording, first: int, count: int) -> _Chunk:
+    """In a Ray task."""
+    from dt.behaviour.record import record_chunk
+
+    clock = time.perf_counter()
+    trajectories = record_chunk(recording.task, recording.quality, recording.seed, first, count)
+    return _Chunk(trajectories, time.perf_counter() - clock)
+
+
+def _write_recording(
+    recording: Recording, chunks: Sequence[_Chunk], began: datetime, store: Store, tables: Tables
+) -> None:
+    """Join the chunks, write the dataset, and read it back to be sure that it is the one."""
+    from dt.behaviour.record import write_recording
     from dt.data.sources import load_recorded
     from dt.data.trajectories import concatenate
-    from orchestrator.rollouts import explain
     from orchestrator.rows import run_row, run_rows
 
-    began, clock = datetime.now(UTC), time.perf_counter()
-    record = ray.remote(num_cpus=1, max_retries=3)(_record_chunk)
-    parts = {
-        recording.id: [
-            record.remote(recording.task, recording.quality, recording.seed, first, count)
-            for first, count in chunks(recording.episodes)
-        ]
-        for recording in recordings
-    }
-    waiting = [reference for references in parts.values() for reference in references]
-    with phase(console, "recordings", sum(recording.episodes for recording in recordings), "episodes") as shown:
-        for recording in recordings:
-            try:
-                ...
-            except ray.exceptions.RayError as error:
-                raise UserError(f"recording: {explain(error)}") from error
+    which = (recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
+    trajectories = concatenate([chunk.trajectories for chunk in chunks])
+    with explained(store.datasets):
+        path = write_recording(trajectories, *which)
+    if load_recorded(*which).content_hash != trajectories.content_hash:
+        raise UserError(f"the recording at {path} does not read back as it was written: check the disk and delete it")
+    seconds = sum(chunk.seconds for chunk in chunks)
+    tables.append("runs", recording.id, run_rows(run_row(recording, began, seconds, threads=1, precision=None)))
+
+
+def _train(
+    plan: Plan, settings: Settings, session: Session, store: Store, tables: Tables, console: Console
+) -> list[Failure]:
+    from orchestrator.training import train_all
+
+    with phase(console, "trainings", plan.gradient_steps, "steps") as shown:
+        return train_all(
+            plan.trainings,
+            store,
+            tables,
+            slots=slots_for(len(plan.trainings), settings, session),
+            checkpoint_seconds=settings.checkpoint_seconds,
+            phase=shown,
+        )
+
+
+def slots_for(trainings: int, settings: Settings, session: Session) -> Slots:
+    """How so many trainings share the CPUs and GPUs.
+
+    Threads depend on the machine and the settings alone: sums in another number of threads round differently, so a
+    resume with fewer trainings left must not change it.
+    """
+    from orchestrator.training import Slots
+
+    threads = settings.threads or max(1, session.cpus // THREADS_SHARE)
+    fitting = max(1, session.cpus // threads)
+    count = settings.training_slots or (TRAININGS_PER_GPU * session.gpus if session.gpus else fitting)
+    count = max(1, min(count, fitting, trainings))
+    return Slots(count, threads, gpu=min(1.0, math.floor(1000 * session.gpus / count) / 1000))
+
+
+def _evaluate(
+    evaluations: Sequence[Evaluate],
+    settings: Settings,
+    session: Session,
+    store: Store,
+    tables: Tables,
+    console: Console,
+) -> list[Failure]:
+    from orchestrator.sweeps import sweep
+
+    workers = settings.rollout_workers or session.cpus
+    if session.embedded:
+        workers = min(workers, session.cpus)
+    with phase(console, "evaluations", len(evaluations), "policies") as shown:
+        return sweep(evaluations, store, tables, workers=min(workers, len(evaluations)), phase=shown)
+
+
+def _commit_finished(recipes: Sequence[Recipe], store: Store, tables: Tables) -> None:
+    """Complete what a kill interrupted between the end of a training and the last of its rows."""
+    from orchestrator.training import commit_outcome
+
+    for recipe in _begun(recipes, store):
+        if not commit_outcome(recipe, store, tables) and store.has_policy(recipe):
+            store.discard_training(recipe)
+
+
+def _begun(recipes: Sequence[Recipe], store: Store) -> list[Train]:
+    """The trainings behind these recipes that have begun and are not fully committed."""
+    begun = store.unfinished()
+    if not begun:
+        return []
+    policies = [recipe.policy if isinstance(recipe, Evaluate) else recipe for recipe in recipes]
+    behind = {t.id: t for p in policies if isinstance(p, Train | Merge | Perturb) for t in trained(p)}
+    return [train for train in behind.values() if train.id in begun]
+
+
+def _failed(failures: Sequence[Failure], skipped: int) -> UserError:
+    first = failures[0]
+    more = [f"{len(failures) - 1} more failed"] * (len(failures) > 1)
+    more += [f"{skipped} evaluations wait for a policy"] * (skipped > 0)
+    return UserError(f"{first.what} failed: {first.why}" + (f" ({'; '.join(more)})" if more else ""))

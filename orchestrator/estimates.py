@@ -1,8 +1,9 @@
 """Means with intervals that survive arithmetic.
 
-A `Sample` is a number with its bootstrap distribution. Episodes are resampled within each stratum (one evaluation of one
-trained policy); differences, ratios and means over strata are then taken draw by draw, so that a baseline's uncertainty
-enters every ratio it divides. Evaluations of one task and training seed meet the same starts: they are resampled together.
+A `Sample` is a number with its bootstrap distribution. Episodes are resampled within each stratum (one evaluation of
+one trained policy); differences, ratios and means over strata are then taken draw by draw, so that a baseline's
+uncertainty enters every ratio it divides. What is made of one trained policy meets the same starts as the
+policy itself: these are resampled together.
 """
 
 from __future__ import annotations

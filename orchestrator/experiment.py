@@ -53,8 +53,8 @@ class Table:
 class Claim:
     """A statement of the paper as a number: a weighted sum of means over points, against a bound.
 
-    `at least` and `at most` agree when the whole interval is on that side of the bound and disagree when all of it is on
-    the other; `about` agrees when the paper's own number lies in the interval. Everything else is inconclusive.
+    `at least` and `at most` agree when the whole interval is on that side of the bound and disagree when all of it is
+    on the other; else they are inconclusive. `about` agrees when the paper's own number lies in the interval.
     """
 
     statement: str
@@ -93,7 +93,7 @@ class Setting:
 
 
 def merged(target: Train, source: Train, group: str, alpha: float) -> Train | Merge:
-    """The target with `group` drawn towards the source. α = 0 is the target itself, which is then evaluated only once."""
+    """The target with `group` drawn towards the source; at α = 0 the target itself, evaluated once for all."""
     return target if alpha == 0 else Merge(sources=(target, source), group=group, alpha=alpha)
 
 

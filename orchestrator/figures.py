@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list
     numeric = all(isinstance(x, int | float) for x in xs)
     position = {x: float(x) if numeric and isinstance(x, int | float) else float(i) for i, x in enumerate(xs)}
     series = distinct(cells, show.series)
-    step = min((b - a for a, b in zip(sorted(position.values()), sorted(position.values())[1:], strict=False)), default=1)
+    step = min((b - a for a, b in pairwise(sorted(position.values()))), default=1.0)
     for i, name in enumerate(series):
         drawn = [cell for cell in cells if cell.labels[show.series] == name and show.value in cell.estimates]
         shift = (i - (len(series) - 1) / 2) * 0.12 * step  # so that intervals do not hide each other
@@ -85,9 +86,16 @@ def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list
             [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)],
         ]
         look = colours.index(name)
-        style = {"color": COLOURS[look % len(COLOURS)], "marker": MARKERS[look % len(MARKERS)]}
         axes.errorbar(
-            places, values, yerr=errors, label=spell(show.series, name or ""), capsize=2, markersize=4, linewidth=1.2, **style
+            places,
+            values,
+            yerr=errors,
+            label=spell(show.series, name or ""),
+            capsize=2,
+            markersize=4,
+            linewidth=1.2,
+            color=COLOURS[look % len(COLOURS)],
+            marker=MARKERS[look % len(MARKERS)],
         )
     if show.value in ("retention", "of_data"):
         axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", zorder=0)

@@ -33,7 +33,8 @@ _TABLE_1: Mapping[tuple[str, str], tuple[float, ...]] = {
     ("expert", "walker2d"): (109.4, 109.7, 109.8, 109.8),
 }
 
-_TABLE_2: Mapping[str, tuple[float, float, float]] = {  # % of the original return of hopper and halfcheetah; trunk size, %
+# Percent of the original return of hopper and of halfcheetah; size of the trunk in percent.
+_TABLE_2: Mapping[str, tuple[float, float, float]] = {
     "original": (100, 100, 200),
     "frozen from hopper": (100, 3, 100),
     "frozen from halfcheetah": (48, 100, 100),

@@ -1,4 +1,4 @@
-"""Budgets. A profile says how much of everything: data, model, training, evaluation. To tune one, edit its entry here."""
+"""Budgets: how much data, model, training and evaluation. To tune a profile, edit its entry here."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -45,7 +45,9 @@ class Profile(Frozen):
         """The same budget over other training seeds."""
         if not seeds:
             raise UserError("no training seed given: name at least one, as in --seeds 0,1,2")
-        return Profile.model_validate({**self.model_dump(), "training_seeds": tuple(seeds), "sweep_seeds": tuple(seeds)})
+        return Profile.model_validate(
+            {**self.model_dump(), "training_seeds": tuple(seeds), "sweep_seeds": tuple(seeds)}
+        )
 
 
 _FAST = Optimisation(

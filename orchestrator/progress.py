@@ -45,7 +45,7 @@ class _Lines(Phase):
     def __init__(self, name: str, total: int, unit: str, console: Console) -> None:
         super().__init__(name, total, unit)
         self._console, self._shown = console, time.monotonic()
-        console.print(f"{name}: {total:,} {unit}", highlight=False)
+        console.print(f"{name}: {total:,} {unit}", highlight=False, soft_wrap=True)
 
     def _show(self, note: str) -> None:
         now = time.monotonic()
@@ -55,7 +55,7 @@ class _Lines(Phase):
         elapsed = now - self.began
         left = f", about {_duration(elapsed * (self.total / self.done - 1))} left" if 0 < self.done < self.total else ""
         text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {_duration(elapsed)}{left}"
-        self._console.print(f"{text}{f' ({note})' if note else ''}", highlight=False)
+        self._console.print(f"{text}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def _mean_return(dataset: Dataset, store: Store) -> float | None:
     return float(load_imported(dataset.source, dataset.task).returns.mean())
 
 
-# --- text -----------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------
 
 
 def number(sample: Sample | None, measure: Measure) -> str:
@@ -78,19 +78,20 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _header(found: Sequence[Answer], setting: Setting, tables: Tables) -> str:
     profile = setting.profile
     optimisation = profile.optimisation
+    architecture = profile.architecture
     return f"""# Results: profile `{profile.name}`
 
-Written by `mergedt report` from the rows in the tables; nothing here is typed by hand except what is marked as the paper's.
+Written by `mergedt report` from the rows in the tables. Nothing is typed by hand but what is marked as the paper's.
 
 * **Data:** {setting.data.describe(profile)}
-* **Policies:** {profile.architecture.layers} layers, {profile.architecture.heads} head(s), {profile.architecture.width} wide,
-  `{profile.architecture.activation}`; {optimisation.steps:,} steps of {optimisation.batch_size} windows at learning rate
-  {optimisation.learning_rate:g} ({optimisation.schedule}, {optimisation.precision}). Always the last checkpoint.
+* **Policies:** {architecture.layers} layers, {architecture.heads} head(s), {architecture.width} wide,
+  `{architecture.activation}`; {optimisation.steps:,} steps of {optimisation.batch_size} windows at learning
+  rate {optimisation.learning_rate:g} ({optimisation.schedule}, {optimisation.precision}). Always the last checkpoint.
 * **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task.
-* **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5 environments
-  (the paper: v3 environments, D4RL data). **Retention:** score / score of the same policy before merging.
-* **Intervals:** {LEVEL:.0%}, stratified bootstrap over episodes. They cover the evaluation's noise for the trained policies at
-  hand, not that of training again; where there are several training seeds each counts the same.
+* **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5
+  environments (the paper: v3 environments, D4RL's data). **Retention:** score / score of that policy before merging.
+* **Intervals:** {LEVEL:.0%}, stratified bootstrap over episodes. They cover the noise of evaluating the
+  trained policies at hand, not that of training again; where there are several training seeds each counts the same.
 {_hardware(found, tables)}"""
 
 
@@ -120,7 +121,7 @@ def _summary(found: Sequence[Answer]) -> str:
             f"[{each.experiment.name}](#{_anchor(each.experiment)})",
             each.experiment.paper or "our own",
             each.experiment.question,
-            f"{len({p.evaluation.id for p in each.points}) - len(each.missing)} of {len({p.evaluation.id for p in each.points})}",
+            f"{len(each.asked) - len(each.missing)} of {len(each.asked)}",
             _tally(each),
         )
         for each in found
@@ -147,10 +148,8 @@ def _section(each: Answer, command: str) -> str:
     experiment = each.experiment
     parts = [f"## {_heading(experiment)}", experiment.question]
     if each.missing:
-        total = len({point.evaluation.id for point in each.points})
-        parts.append(
-            f"**{len(each.missing)} of {total} evaluations are missing:** `mergedt run {experiment.name} {command}`".rstrip()
-        )
+        run = f"mergedt run {experiment.name} {command}".rstrip()
+        parts.append(f"**{len(each.missing)} of {len(each.asked)} evaluations are missing:** `{run}`")
         return "\n\n".join(parts)
     if isinstance(experiment.show, Figure):
         parts.append(f"![{experiment.title}]({experiment.name}.png)")
@@ -230,7 +229,7 @@ def paper_score(experiment: Experiment, cell: Cell) -> float | None:
     """The score the paper prints for a cell."""
     values = {str(value) for value in cell.labels.values()}
     for printed in NUMBERS:
-        if printed.experiment == experiment.name and printed.metric == "score":
-            if {printed.task, printed.dataset or printed.task, printed.configuration} <= values:
-                return printed.value
+        place = {printed.task, printed.dataset or printed.task, printed.configuration}
+        if (printed.experiment, printed.metric) == (experiment.name, "score") and place <= values:
+            return printed.value
     return None

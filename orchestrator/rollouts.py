@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from dt.errors import UserError
 from dt.tasks import get_task
+from orchestrator.plan import trained
 from orchestrator.recipes import Evaluate, Merge, Perturb, Train
 from orchestrator.rows import episode_rows, parameter_counts, policy_row, run_row, run_rows
 
@@ -105,6 +106,9 @@ class RolloutWorker:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and we never write to it
         self._experts: dict[str, Policy] = {}
 
+    def ready(self) -> None:
+        """Returns once the process lives."""
+
     def evaluate(self, job: Job, weights: Mapping[str, tuple[Train, ray.ObjectRef[Weights]]]) -> list[Rows]:
         """The rows of a job whose policies are made of those trained ones."""
         from dt.model.policy import Policy
@@ -117,21 +121,33 @@ class RolloutWorker:
 
 @ray.remote(num_cpus=0)
 class RolloutPool:
-    """Hands jobs to the workers as they become idle. Many Tune trials share one pool."""
+    """Hands jobs to the workers as they become idle. All trials of a sweep share one pool."""
 
-    def __init__(self, workers: int, weights: Mapping[str, tuple[Train, ray.ObjectRef[Weights]]]) -> None:
+    def __init__(self, weights: Mapping[str, tuple[Train, ray.ObjectRef[Weights]]]) -> None:
         self._weights = weights
-        self._idle: asyncio.Queue[Any] = asyncio.Queue()
-        for _ in range(workers):
-            self._idle.put_nowait(RolloutWorker.remote())
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if one could not start
+
+    async def recruit(self, workers: int) -> None:
+        """Start so many workers. Each gets work as soon as it lives, so one that finds no CPU yet holds nothing up."""
+
+        async def start() -> None:
+            worker = RolloutWorker.remote()
+            try:
+                await worker.ready.remote()
+            except RayError as error:
+                self._idle.put_nowait(error)
+            else:
+                self._idle.put_nowait(worker)
+
+        await asyncio.gather(*(start() for _ in range(workers)))
 
     async def evaluate(self, job: Job) -> list[Rows] | list[Failure]:
         """The job's rows; or, should it kill its worker or raise, a failure for each of its evaluations."""
-        from orchestrator.plan import trained
-
         needed = {train.id: self._weights[train.id] for evaluation in job for train in trained(evaluation.policy)}
         worker = await self._idle.get()
         try:
+            if isinstance(worker, RayError):
+                raise worker
             rows: list[Rows] = await worker.evaluate.remote(job, needed)
             return rows
         except RayError as error:
@@ -152,7 +168,7 @@ def describe(recipe: Train | Merge | Perturb | Evaluate) -> str:
             quality = f"{recipe.dataset.quality} " if recipe.dataset.quality else ""
             return f"the {quality}{recipe.task} policy of seed {recipe.seed}"
         case Merge():
-            weight = "" if recipe.alpha is None else f" at α={recipe.alpha:g}"
+            weight = "" if recipe.alpha is None else f" at alpha {recipe.alpha:g}"
             return f"{' with '.join(describe(source) for source in recipe.sources)} merged in {recipe.group}{weight}"
         case Perturb():
             return f"{describe(recipe.policy)} with {recipe.how} {recipe.group}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, and it silences a warning
 }
 _FOLDER = "mergedt-ray"
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -36,37 +38,28 @@ class Session:
 
 
 @contextmanager
-def connect(address: str | None = None, *, cpus: int | None = None, dashboard: bool = False) -> Iterator[Session]:
+def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[Session]:
     """Connect to Ray for the length of the block, or use the connection there is; ends only what it started.
 
-    cpus: of an embedded Ray, all of the machine's when None. dashboard: of an embedded Ray; Ray Train needs it to give
-    the CPUs of a run that crashed back. Raises UserError when the cluster cannot be reached.
+    cpus: of an embedded Ray, all of the machine's when None. Raises UserError when the cluster cannot be reached.
     """
+    where = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        _authenticate(new_cluster=where == "local")
     import ray
 
     if ray.is_initialized():
         yield _session(embedded=False)
         return
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
     if where == "local":
         with _folder() as folder:
-            _authenticate(new_cluster=True)
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=dashboard,
-                    dashboard_host="127.0.0.1",
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _temp_dir=str(folder),
-                )
+                _start(folder, cpus)
                 yield _session(embedded=True)
             finally:
                 ray.shutdown()
         return
-    _authenticate(new_cluster=False)
     try:
         ray.init(address=where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -78,6 +71,30 @@ def connect(address: str | None = None, *, cpus: int | None = None, dashboard: b
         yield _session(embedded=False)
     finally:
         ray.shutdown()
+
+
+def _start(folder: Path, cpus: int | None) -> None:
+    """Start an embedded Ray. Tried again, for Ray gives its node 30 seconds, and a busy machine may need more."""
+    import ray
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,  # ten processes; what it does for Ray Train, see training.py, the end of the run does
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == _ATTEMPTS:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"Ray does not start on this machine ({reason}): when it is less busy, run the same command again"
+                ) from error
 
 
 def in_job() -> bool:
@@ -125,14 +142,19 @@ def _session(*, embedded: bool) -> Session:
 
 
 def _authenticate(*, new_cluster: bool) -> None:
-    """Token authentication, always said explicitly: Ray's default depends on what ran on this machine before.
-
-    Ray would make the token's file readable for everyone.
-    """
+    """Token authentication, said explicitly: what Ray does by default depends on what ran on this machine before."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or not new_cluster:
-        return
+    if new_cluster and not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        _make_token()
+    if "ray" in sys.modules:  # it read the mode when it was imported, and reads it again as its own switch makes it do
+        from ray._raylet import Config
+
+        Config.initialize("")
+
+
+def _make_token() -> None:
+    """A token for the clusters of this user, unless there is one; Ray itself would make it readable for everyone."""
     token = secrets.token_hex(32)
     try:
         path = Path.home() / ".ray" / "auth_token"

@@ -42,7 +42,8 @@ def sweep(
     experts = {train.id: train for evaluation in evaluations for train in trained(evaluation.policy)}
     # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
     weights = {train.id: (train, ray.put(store.load_policy(train).arrays())) for train in experts.values()}
-    pool = RolloutPool.remote(workers, weights)
+    pool = RolloutPool.remote(weights)
+    recruited = pool.recruit.remote(workers)
     lines = lines_of(evaluations)
     failures: list[Failure] = []
 
@@ -64,7 +65,8 @@ def sweep(
             concurrent=min(len(lines), workers + 2),
         )
     finally:
-        ray.kill(pool)
+        del recruited  # kept until here: a dropped reference may cancel the call
+        ray.kill(pool)  # and its workers with it
     return [*failures, *(Failure("", "a line of the sweep", explain(error)) for error in died)]
 
 

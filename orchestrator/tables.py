@@ -124,7 +124,10 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "recipe": (TEXT, "id of what was computed"),
                     "kind": (TEXT, "recording, train or evaluate"),
                     "started": (TIME, "UTC"),
-                    "seconds": (REAL, "wall time; an equal share of it for evaluations that ran stacked together"),
+                    "seconds": (
+                        REAL,
+                        "of work: wall time, summed over the parts of a recording and the attempts of a training",
+                    ),
                     "host": (TEXT, "machine"),
                     "cpus": (SHORT, "of that machine"),
                     "gpu": (TEXT, "model; null on CPU"),

@@ -79,6 +79,8 @@ def train_all(
     failures: list[Failure] = []
 
     def on_report(report: dict[str, Any]) -> None:
+        if "lost" in report:
+            raise UserError(f"{describe(by_id[report['lost']])}: {report['why']}; run the same command again to go on")
         if "finished" in report:
             recipe = by_id[report["finished"]]
             if report["error"]:
@@ -121,7 +123,7 @@ def commit_outcome(recipe: Train, store: Store, tables: Tables) -> bool:
 def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
     """Run one training with Ray Train and report how it ended. Progress passes through to Tune on its way."""
     from ray import tune
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -144,9 +146,14 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
     )
     try:
         error = trainer.fit().return_value
-    except Exception as failure:
+    except TrainingFailedError as failure:
         causes = getattr(failure, "worker_failures", {})
         error = explain(next(iter(causes.values()), failure))
+    except Exception as failure:
+        # The controller died (of memory, say). Without a dashboard its CPUs are never given back and other trainings
+        # might wait for them for ever: the run ends, and with it the embedded Ray.
+        tune.report({"lost": recipe.id, "why": explain(failure)})
+        return
     tune.report({"finished": recipe.id, "error": error})
 
 

@@ -21,6 +21,10 @@ class _Writer(Callback):  # type: ignore[misc]
         self._on_report = on_report
         self.error: BaseException | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore, which we never do; this one holds files and a screen."""
+        return {}
+
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         del iteration, trials, trial, info
         try:

@@ -148,7 +148,7 @@ def test_wrong_data_options_say_what_exists(option: str, says: str) -> None:
 
 def test_a_missing_file_is_named_at_planning() -> None:
     setting = Setting(get_profile("smoke"), choose_data("/nowhere/{task}-{quality}-v2.hdf5"))
-    with pytest.raises(UserError, match="/nowhere/halfcheetah-expert-v2.hdf5"):
+    with pytest.raises(UserError, match=r"/nowhere/halfcheetah-expert-v2\.hdf5"):
         points("figure_3", setting)
 
 

@@ -95,7 +95,7 @@ def test_an_unknown_environment_is_said_in_one_sentence() -> None:
 
 
 def test_the_settotalmass_notice_is_silent_and_the_warning_hook_is_put_back(tmp_path: Path) -> None:
-    """In a fresh process, since a model is compiled once: nothing printed, no MUJOCO_LOG.TXT, other warnings still heard."""
+    """In a fresh process, since a model is compiled once: nothing printed, no MUJOCO_LOG.TXT, later warnings heard."""
     script = (
         "import mujoco\n"
         "from dt.rollout.physics import make_physics\n"
@@ -129,5 +129,5 @@ def test_other_warnings_of_mujoco_are_passed_on(tmp_path: Path, monkeypatch: pyt
             make_environment("Noisy-v0")
     finally:
         del gymnasium.registry["Noisy-v0"]
-    assert ["the mass is negative"] == [str(warning.message) for warning in heard]
+    assert [str(warning.message) for warning in heard] == ["the mass is negative"]
     assert mujoco.get_mju_user_warning() is former

@@ -70,7 +70,8 @@ def as_the_paper(experiment: str, point: Point) -> float:
             return 0.7 if labels["kind"] == "mlp" else 1.0
         case "figure_2b":
             before = {"mlp": 0.14, "attention": 0.02, "layernorm": 0.0}
-            kinds = ["layernorm", "attention", "attention", "layernorm", "mlp", "mlp"] * SETTING.profile.architecture.layers
+            block = ["layernorm", "attention", "attention", "layernorm", "mlp", "mlp"]
+            kinds = block * SETTING.profile.architecture.layers
             merged = int(labels["merged"])
             return 0.0 if labels["whole"] == "yes" else 1 - sum(before[kind] for kind in kinds[:merged])
         case "figure_3":
@@ -96,7 +97,7 @@ def answered(store: Store, name: str) -> Answer:
     return answers([get_experiment(name)], SETTING, Tables(store.tables), data_of)[0]
 
 
-# --- estimates ------------------------------------------------------------------------------------------------------------
+# --- estimates -----------------------------------------------------------------------
 
 
 def test_the_mean_of_strata_has_the_library_s_interval() -> None:
@@ -157,7 +158,7 @@ def test_verdicts_follow_the_interval(interval: tuple[float, float], expected: s
     assert verdict(interval, claim) == says
 
 
-# --- answers --------------------------------------------------------------------------------------------------------------
+# --- answers -----------------------------------------------------------------------
 
 
 def test_in_the_paper_s_world_every_claim_agrees(papers_world: Store) -> None:
@@ -215,11 +216,11 @@ def test_missing_rows_give_no_numbers(tmp_path: Path) -> None:
     assert found.judge(found.experiment.claims[0]) is None
 
 
-# --- the paper's numbers --------------------------------------------------------------------------------------------------
+# --- the paper's numbers -----------------------------------------------------------------------
 
 
 def test_the_paper_s_averages_come_out() -> None:
-    """Tables III and IV print averages over the three robots: an oracle against typing errors (the paper rounds to ±0.1)."""
+    """Tables III and IV print averages over the robots: an oracle against typing errors (rounded to ±0.1)."""
 
     def mean(experiment: str, dataset: str, configuration: str, metric: str = "score") -> float:
         of = (experiment, dataset, configuration, metric)
@@ -259,7 +260,7 @@ def test_declarations_join_in_sql(tmp_path: Path) -> None:
     assert rows["group"][0].as_py() == "attention"
 
 
-# --- the page -------------------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_the_page_shows_every_experiment(page: tuple[str, Path]) -> None:
             assert image.width > 600
             assert len(np.unique(np.asarray(image.convert("L").resize((64, 32))))) > 10  # something is drawn
     assert "profile `smoke`" in text
-    assert "D4RL's reference returns, in Gymnasium's v5 environments" in text
+    assert "normalised with D4RL's reference returns" in text
     assert "**paper 88.6**" in text
     assert "disagrees" not in text.split("## Table I")[1]
 

@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gymnasium
 import numpy as np
-from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_storage import MinariStorage
 
 from dt.behaviour.policy import BehaviourPolicy, load_behaviour_policy
 from dt.data.trajectories import Trajectories, concatenate
 from dt.errors import unknown
 from dt.rollout.physics import make_physics
 from dt.tasks import Task, get_task
+
+if TYPE_CHECKING:
+    from minari.data_collector import EpisodeBuffer
 
 CHUNK = 25  # episodes recorded together: enough to share the cost of Python, few enough to keep every worker busy
 
@@ -126,6 +128,8 @@ def write_recording(trajectories: Trajectories, task: str, quality: str, episode
     `minari.load_dataset(recording_id(...))` opens it when MINARI_DATASETS_PATH is `root`. It is written under a hidden
     name and renamed. Raises ValueError when the trajectories are not such a recording.
     """
+    from minari.dataset.minari_storage import MinariStorage  # seconds to import, which no other function here needs
+
     if trajectories.episodes != episodes or trajectories.final_observations is None:
         raise ValueError(
             f"a recording of {episodes} episodes with final observations was due, not {trajectories.episodes}"
@@ -157,7 +161,9 @@ def write_recording(trajectories: Trajectories, task: str, quality: str, episode
     return path
 
 
-def _episode_buffers(trajectories: Trajectories, seed: int) -> Iterator[EpisodeBuffer]:
+def _episode_buffers(trajectories: Trajectories, seed: int) -> Iterator["EpisodeBuffer"]:
+    from minari.data_collector import EpisodeBuffer
+
     finals = trajectories.final_observations
     assert finals is not None
     bounds = pairwise(trajectories.offsets.tolist())

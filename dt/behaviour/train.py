@@ -4,14 +4,14 @@
     python -m dt.behaviour.train hopper --medium-return 1422 --steps 400000
 
 Soft Actor-Critic (Haarnoja et al. 2018) or TQC (Kuznetsov et al. 2020), from `sbx-rl`. `medium` is the checkpoint whose
-return is nearest to the one asked for, `expert` the last good one. Both are written anew after every checkpoint, so a run
-may be stopped at any time.
+return is nearest to the one asked for, `expert` the last good one. Both are written anew after every checkpoint, so a
+run may be stopped at any time.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,11 +64,18 @@ class Checkpoint:
         return self.evaluation["stochastic"]["mean_return"]
 
 
-def train_behaviour_policies(task: Task, medium_return: float, folder: Path, settings: Settings | None = None) -> None:
-    """Train, and write `{task}-medium` and `{task}-expert` (.safetensors and .json) into `folder` after each checkpoint.
+def train_behaviour_policies(
+    task: Task,
+    medium_return: float,
+    folder: Path,
+    settings: Settings | None = None,
+    report: Callable[[Checkpoint], None] = lambda _: None,
+) -> None:
+    """Train, and write `{task}-medium` and `{task}-expert` (.safetensors and .json) into `folder` at each checkpoint.
 
-    Copied into `dt/behaviour/` they are found by name. Raises UserError when `sbx-rl` is not installed, or when the
-    environment's actions do not range over [−1, 1], which is all that the policies can act.
+    Each checkpoint is then reported. Copied into `dt/behaviour/` the files are found by name. Raises UserError when
+    `sbx-rl` is not installed, or when the environment's actions do not range over [−1, 1], which is all that the
+    policies can act.
     """
     settings = settings or Settings()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +84,7 @@ def train_behaviour_policies(task: Task, medium_return: float, folder: Path, set
         so_far.append(checkpoint)
         for quality, chosen in select(so_far, medium_return).items():
             write_policy(folder, task, quality, chosen, settings)
+        report(checkpoint)
 
 
 def train(task: Task, settings: Settings) -> Iterator[Checkpoint]:
@@ -89,7 +97,7 @@ def train(task: Task, settings: Settings) -> Iterator[Checkpoint]:
     space = environment.action_space
     if not (isinstance(space, gymnasium.spaces.Box) and (space.low == -1).all() and (space.high == 1).all()):
         raise UserError(
-            f"the actions of {task.environment} range over {space}, a behaviour policy acts only in [−1, 1]"
+            f"the actions of {task.environment} range over {space}, a behaviour policy acts only in [-1, 1]"
         )
     model = getattr(sbx, settings.algorithm)(
         "MlpPolicy",
@@ -175,6 +183,13 @@ def write_policy(folder: Path, task: Task, quality: str, checkpoint: Checkpoint,
         temporary.replace(folder / f"{task.name}-{quality}.{suffix}")
 
 
+def _show(checkpoint: Checkpoint) -> None:
+    numbers = checkpoint.evaluation["stochastic"]
+    print(
+        f"{checkpoint.steps} steps: return {numbers['mean_return']} ± {numbers['std_return']}, score {numbers['score']}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     defaults = Settings()
@@ -188,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     settings = Settings(algorithm=given.algorithm, steps=given.steps, seed=given.seed)
     try:
-        train_behaviour_policies(get_task(given.task), given.medium_return, given.folder, settings)
+        train_behaviour_policies(get_task(given.task), given.medium_return, given.folder, settings, _show)
     except UserError as error:
         parser.exit(2, f"{error}\n")
 

@@ -217,6 +217,8 @@ def _read_d4rl(path: Path, task: Task) -> Trajectories:
         observations, actions = file["observations"][:], file["actions"][:]
         rewards, terminals = file["rewards"][:].reshape(-1), file["terminals"][:].reshape(-1).astype(np.bool_)
         timeouts = file["timeouts"][:].reshape(-1).astype(np.bool_) if "timeouts" in file else None
+        if len(lengths := {len(observations), len(actions), len(rewards), len(terminals)}) > 1:
+            raise UserError(f"{path} is damaged, its arrays have {sorted(lengths)} rows: download it again")
         ends = np.flatnonzero(terminals | (_cuts(terminals, task.horizon) if timeouts is None else timeouts))
         steps = int(ends[-1]) + 1 if len(ends) else 0
         following = file.get("next_observations")

@@ -32,9 +32,9 @@ class Linear(nn.Module):
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
-    """The MLP's non-linearity; GEGLU halves the last axis: gelu(gate)·value (Shazeer 2020)."""
+    """The MLP's non-linearity, in place where it can be; GEGLU halves the last axis: gelu(gate)·value (Shazeer 2020)."""
     if activation == "relu":
-        return F.relu(hidden)
+        return F.relu(hidden, inplace=True)
     if activation == "gelu_new":
         return F.gelu(hidden, approximate="tanh")
     gate, value = hidden.chunk(2, dim=-1)

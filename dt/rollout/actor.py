@@ -113,7 +113,8 @@ class Actor:
         policies, k, d = len(stack.head["timestep"]), stack.architecture.context, stack.architecture.width
         self._stack, self._time = stack, 0
         dtype = stack.blocks[0]["c_attn.weight"].dtype
-        self._tokens = torch.zeros(policies, episodes, k, 3, d)  # ring over time steps; (return-to-go, state, action)
+        # Rings over time steps of (return-to-go, state, action) tokens. In bfloat16 the residual stream is, too.
+        self._tokens = torch.zeros(policies, episodes, k, 3, d, dtype=dtype)
         self._qkv = torch.zeros(policies, episodes, k, 3, 3 * d, dtype=dtype)
         self._blocked = _blocked_by_rotation(k, dtype)
         self._last_action = torch.zeros(policies, episodes, action_dim)
@@ -143,7 +144,7 @@ class Actor:
             x = x[:, :, read] + _linear(mixed, block, "attn.c_proj")
             hidden = activate(_linear(_norm(x), block, "c_fc"), stack.architecture.activation)
             x = x + _linear(hidden, block, "mlp.c_proj")
-        features = F.layer_norm(x[:, :, 0], x.shape[-1:], eps=LAYER_NORM_EPS)
+        features = _norm(x[:, :, 0].float())
         self._last_action = torch.tanh(_small_product(features, stack.head["predict.weight"]) + stack.head["predict.bias"])
         self._time += 1
         return self._last_action
@@ -158,9 +159,9 @@ class Actor:
             _small_product(states, head["state.weight"]),
         )
         embedded = torch.stack(modalities, dim=2) + head["bias"]  # (P, E, 3, d)
-        normal = F.layer_norm(embedded, embedded.shape[-1:], eps=LAYER_NORM_EPS) * head["ln.weight"] + head["ln.bias"]
         times = torch.tensor([max(self._time - 1, 0), self._time, self._time])
-        new = normal + head["timestep"][:, None, times]
+        new = _norm(embedded) * head["ln.weight"] + head["ln.bias"] + head["timestep"][:, None, times]
+        new = new.to(self._tokens.dtype)
         new_qkv = _linear(_norm(new), self._stack.blocks[0], "c_attn")
         for ring, fresh in ((self._tokens, new), (self._qkv, new_qkv)):
             ring[:, :, (now - 1) % context, 2] = fresh[:, :, 0]
@@ -192,7 +193,7 @@ def _norm(x: Tensor) -> Tensor:
 def _linear(x: Tensor, block: Mapping[str, Tensor], name: str, columns: slice = slice(None)) -> Tensor:
     """(P, E, T, in) → (P, E, T, out) by each policy's own weights, in their precision."""
     weight, bias = block[f"{name}.weight"][..., columns], block[f"{name}.bias"][..., columns]
-    return torch.baddbmm(bias, x.flatten(1, 2).to(weight.dtype), weight).unflatten(1, x.shape[1:3])
+    return torch.baddbmm(bias, x.flatten(1, 2), weight).unflatten(1, x.shape[1:3])
 
 
 def _split(qkv: Tensor, read: slice) -> tuple[Tensor, Tensor]:

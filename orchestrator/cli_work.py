@@ -1,0 +1,209 @@
+"""What the commands do that compute or show: kept apart, because it imports what is heavy."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table as RichTable
+
+from dt.errors import UserError
+from dt.tasks import get_task
+from orchestrator.answers import Answer, answers, shown_labels
+from orchestrator.cli_options import RESULTS, console, log
+from orchestrator.data_choice import RECORDED, choose_data
+from orchestrator.declarations import declare_experiment, declare_paper
+from orchestrator.engine import Settings
+from orchestrator.engine import run as run_engine
+from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting, get_experiment, merged
+from orchestrator.figures import draw, spell
+from orchestrator.plan import Plan, make_plan
+from orchestrator.profiles import get_profile
+from orchestrator.recipes import Evaluate, Recipe
+from orchestrator.report import data_return, number
+from orchestrator.store import Store
+from orchestrator.tables import Tables
+
+# Of one core, before anything has run here: for an episode recorded, a training step, an episode rolled out.
+SECONDS = {"recording": 0.15, "train": 0.12, "evaluate": 1.0}
+MANY_ROWS = 24  # more are for the report
+
+
+# --- planning -----------------------------------------------------------------------
+
+
+def show_plan(points: Sequence[Point], store: Store) -> None:
+    """What a run of these points would compute."""
+    tables = Tables(store.tables)
+    planned = make_plan([point.evaluation for point in points], store, tables)
+    seconds = estimate(planned, tables)
+    table = RichTable("", "to compute", "of", "already there", "about")
+
+    def line(name: str, kind: str, count: int, size: str, stored: int) -> None:
+        table.add_row(name, f"{count:,}", size, f"{stored:,}", _minutes(seconds[kind]))
+
+    line(
+        "recordings",
+        "recording",
+        len(planned.recordings),
+        f"{planned.recorded_episodes:,} episodes",
+        planned.stored_recordings,
+    )
+    line("trainings", "train", len(planned.trainings), f"{planned.gradient_steps:,} steps", planned.stored_trainings)
+    line(
+        "evaluations",
+        "evaluate",
+        len(planned.evaluations),
+        f"{planned.episodes:,} episodes",
+        planned.stored_evaluations,
+    )
+    cores = os.cpu_count() or 1
+    known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
+    table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
+    console.print(table)
+
+
+def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
+    """Seconds on this machine for each kind of work, from what earlier runs took, else from typical figures."""
+    cores = os.cpu_count() or 1
+    known = {row["kind"]: row["unit"] for row in tables.query(_UNIT_COSTS).to_pylist() if row["unit"]}
+    unit = SECONDS | known
+    sizes = {"recording": planned.recorded_episodes, "train": planned.gradient_steps, "evaluate": planned.episodes}
+    busy = {"recording": cores, "train": min(cores, max(1, len(planned.trainings))), "evaluate": cores}
+    return {kind: sizes[kind] * unit[kind] / busy[kind] for kind in sizes}
+
+
+_UNIT_COSTS = """
+SELECT 'train' AS kind, sum(r.seconds * coalesce(r.threads, 1)) / sum(p.steps) AS unit
+FROM runs r JOIN policies p ON r.recipe = p.policy WHERE r.kind = 'train'
+UNION ALL
+SELECT 'evaluate', sum(r.seconds) / sum(s.episodes)
+FROM runs r JOIN scores s ON r.recipe = s.evaluation WHERE r.kind = 'evaluate'
+"""
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# --- computing -----------------------------------------------------------------------
+
+
+def compute(
+    experiments: Sequence[Experiment],
+    setting: Setting,
+    store: Store,
+    address: str | None,
+    workers: int | None,
+    declare: bool = True,
+) -> None:
+    """Run what the experiments need and state which evaluations answer them."""
+    points = {experiment.name: list(experiment.points(setting)) for experiment in experiments}
+    recipes = {point.evaluation.id: point.evaluation for some in points.values() for point in some}
+    if declare:
+        tables = Tables(store.tables)
+        declare_paper(tables)
+        for name, some in points.items():
+            declare_experiment(tables, name, setting.profile.name, some)
+    compute_recipes(list(recipes.values()), store, address, workers)
+
+
+def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
+    """Run what these recipes need."""
+    run_engine(recipes, Settings(results=store.root, address=address, rollout_workers=workers), log)
+
+
+# --- showing -----------------------------------------------------------------------
+
+
+def show_answers(
+    experiments: Sequence[Experiment], setting: Setting, store: Store, figure: Path | None = None
+) -> list[Answer]:
+    """Print each experiment's numbers with their intervals, or only how its claims fared where there are many."""
+    found = answers(experiments, setting, Tables(store.tables), data_return(store))
+    for each in found:
+        console.print(_table(each))
+        if figure is not None and isinstance(each.experiment.show, Figure) and not each.missing:
+            draw(each, each.experiment.show, figure)
+            console.print(f"figure: {figure}")
+    return found
+
+
+def _table(each: Answer) -> RichTable:
+    experiment, labels = each.experiment, shown_labels(each.experiment)
+    measures: list[Measure] = list(dict.fromkeys(("score", experiment.show.value)))
+    if isinstance(experiment.show, Figure):
+        measures = ["score", "retention"]
+    table = RichTable(title=experiment.title, title_justify="left")
+    if len(each.cells) > MANY_ROWS and experiment.claims:
+        for column in ("claim of the paper", "observed", "verdict"):
+            table.add_column(column)
+        for claim in experiment.claims:
+            judged = each.judge(claim)
+            observed, said = (number(judged[0], claim.value), judged[1]) if judged else ("–", "cannot be computed")
+            table.add_row(claim.statement, observed, said)
+        table.caption = f"{len(each.cells)} numbers: see `mergedt report`"
+        return table
+    for name in (*labels, *(measure.replace("of_data", "of the data's mean return") for measure in measures), "n"):
+        table.add_column(name)
+    for cell in each.cells:
+        table.add_row(
+            *(spell(name, cell.labels[name]) for name in labels),
+            *(number(cell.estimates.get(measure), measure) for measure in measures),
+            f"{cell.episodes} episodes, {cell.seeds} seed{'s' * (cell.seeds != 1)}",
+        )
+    table.caption = "mean [95 % bootstrap interval]"
+    if each.missing:
+        table.caption = f"{len(each.missing)} evaluations are missing"
+    return table
+
+
+# --- the demo -----------------------------------------------------------------------
+
+
+def film(evaluation: Evaluate, store: Store, output: Path, steps: int) -> None:
+    """Record the first episode of an evaluation. Raises UserError when a policy it is made of is not trained yet."""
+    from dt.rollout.video import record_video
+    from orchestrator.plan import trained
+    from orchestrator.rollouts import describe, realise
+
+    experts = {}
+    for train in trained(evaluation.policy):
+        if not store.has_policy(train):
+            raise UserError(f"{describe(train)} is not trained yet: run an experiment or a sweep that needs it first")
+        experts[train.id] = store.load_policy(train)
+    policy = realise(evaluation.policy, experts)
+    task, target_return = get_task(evaluation.task), evaluation.target_return
+    record_video(policy, task, output, seed=evaluation.seed, steps=steps, target_return=target_return)
+
+
+def run_demo(store: Store, address: str | None, workers: int | None, profile: str = "demo") -> None:
+    """The demo: run, show, draw, film, and say what to try next."""
+    began = time.monotonic()
+    experiment = get_experiment("demo")
+    setting = Setting(get_profile(profile), choose_data(RECORDED))
+    target, source = "walker2d", "halfcheetah"
+    console.print(f"{experiment.question} ({setting.profile.purpose})")
+    compute([experiment], setting, store, address, workers)
+    figure, movie = store.root / "demo" / "demo.png", store.root / "demo" / "merged.webp"
+    show_answers([experiment], setting, store, figure)
+    seed = setting.profile.sweep_seeds[0]
+    policy = merged(setting.expert(target, seed), setting.expert(source, seed), "attention", 0.5)
+    if not movie.is_file():
+        film(setting.evaluate(policy, target), store, movie, steps=300)
+    at = "" if store.root == RESULTS.absolute() else f" --results {store.root}"
+    console.print(f"film:   {movie}: {target} with the mean of its own and {source}'s attention")
+    console.print(f"rows:   {store.tables}")
+    console.print(f"\nThat took {_minutes(time.monotonic() - began)}. Try next:")
+    for line in (
+        f"mergedt sweep --target {target} --source {source} --group mlp --alpha 0,0.5,1 --profile {profile}{at}",
+        f"mergedt query 'select task, \"group\", alpha, mean_score from scores order by all'{at}",
+        f"mergedt video --target {source} --source {target} --alpha 1 --output swapped.webp{at}",
+        "mergedt plan all --profile laptop",
+        "mergedt run figure_3 --profile laptop && mergedt report figure_3",
+    ):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)

@@ -1,0 +1,223 @@
+"""The command line as a user meets it: by subprocess, on real folders."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+Done = subprocess.CompletedProcess[str]
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "RAY_ADDRESS": ""}
+
+
+def mergedt(*arguments: str, cwd: Path = ROOT, timeout: float = 600) -> Done:
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
+
+
+def succeeded(*arguments: str, timeout: float = 600) -> Done:
+    done = mergedt(*arguments, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_list_names_experiments_and_profiles() -> None:
+    text = succeeded("list").stdout
+    for name in ("figure_2a", "figure_2b", "figure_3", "table_1", "experts", "demo", "smoke", "laptop", "paper"):
+        assert name in text
+
+
+SWEEP = ("sweep", "--target", "hopper", "--source", "halfcheetah", "--group", "attention", "--alpha", "0.5")
+MISTAKES = {
+    "experiment": (("run", "figre_3"), "did you mean 'figure_3'"),
+    "profile": (("run", "figure_3", "--profile", "labtop"), "did you mean 'laptop'"),
+    "target": ((*SWEEP, "--target", "hoper"), "did you mean 'hopper'"),
+    "source": ((*SWEEP, "--source", "cheetah"), "did you mean 'halfcheetah'"),
+    "group": ((*SWEEP, "--group", "atention"), "did you mean 'attention'"),
+    "group at alpha 0": ((*SWEEP, "--alpha", "0", "--group", "atention"), "did you mean 'attention'"),
+    "alpha above": ((*SWEEP, "--alpha", "0,1.5"), "alpha must lie in [0, 1], 1.5 given"),
+    "alpha below": ((*SWEEP, "--alpha=-0.1"), "alpha must lie in [0, 1], -0.1 given"),
+    "alpha in words": ((*SWEEP, "--alpha", "half"), "numbers separated by commas"),
+    "alpha of several": ((*SWEEP, "--source", "walker2d"), "several take their uniform mean"),
+    "itself": ((*SWEEP, "--source", "hopper"), "different tasks"),
+    "seeds": (("plan", "figure_3", "--seeds", "a,b"), "whole numbers separated by commas"),
+    "no seeds": (("plan", "figure_3", "--seeds", ","), "at least one"),
+    "data": (("plan", "figure_3", "--data", "minarri:x"), "unknown data"),
+    "data file": (("plan", "figure_3", "--data", "/no/{task}-{quality}.hdf5"), "/no/halfcheetah-expert.hdf5"),
+    "no policy for the task": (
+        ("data", "record", "--task", "ant", "--quality", "expert", "--episodes", "1"),
+        "no behaviour policy is shipped for 'ant'",
+    ),
+    "zero episodes": (
+        ("data", "record", "--task", "hopper", "--quality", "expert", "--episodes", "0"),
+        "at least one episode",
+    ),
+    "column": (("query", "select scor from episodes"), "score"),
+    "table": (("query", "select * from episode"), "episodes"),
+    "two statements": (("query", "select 1; select 2"), "one SELECT"),
+    "a write": (("query", "drop table episodes"), "one SELECT"),
+    "a file": (("query", "select * from read_csv('/etc/hostname')"), "mergedt: "),
+    "format": (("query", "select 1", "--format", "jsn"), "did you mean 'json'"),
+    "parquet to a terminal": (("query", "select 1", "--format", "parquet"), "--output"),
+    "nothing recorded": (
+        ("data", "describe", "--task", "hopper", "--quality", "expert", "--episodes", "9"),
+        "no expert recording for hopper",
+    ),
+    "no dataset named": (("data", "describe", "--task", "hopper"), "say which dataset"),
+    "film of the untrained": (("video", "--target", "hopper", "--output", "x.webp"), "is not trained yet"),
+    "option": (("run", "figure_3", "--profil", "smoke"), "No such option"),
+    "workers": (("run", "figure_3", "--workers", "0"), "--workers"),
+    "command": (("rum",), "No such command"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_a_sentence(mistake: str, tmp_path: Path) -> None:
+    arguments, says = MISTAKES[mistake]
+    takes_results = arguments[0] not in ("rum",) and "--profil" not in arguments
+    done = mergedt(*arguments, *(("--results", str(tmp_path / "results")) if takes_results else ()))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "results").exists()  # nothing half-begun
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file")
+    recording = ("--task", "hopper", "--quality", "expert", "--episodes", "1")
+    done = mergedt("data", "record", *recording, "--results", str(tmp_path / "results"))
+    assert done.returncode == 2
+    assert "results" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_counts_and_computes_nothing(tmp_path: Path) -> None:
+    text = succeeded("plan", "figure_3", "experts", "--profile", "smoke", "--results", str(tmp_path / "r")).stdout
+    assert "9 episodes" not in text
+    lines = {line.split()[1]: line for line in text.splitlines() if "│" in line}
+    assert "6" in lines["recordings"].split("│")[2]  # medium and expert of three robots, two episodes each
+    assert lines["recordings"].split("│")[2].strip() == "6"
+    assert lines["trainings"].split("│")[2].strip() == "9"
+    assert lines["evaluations"].split("│")[2].strip() == "21"  # 9 experts, 6 pairs at two weights
+    assert not (tmp_path / "r").exists()
+
+
+# --- the whole line ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder after the demo's experiment at the smoke profile."""
+    folder = tmp_path_factory.mktemp("line") / "results"
+    done = succeeded("run", "demo", "--profile", "smoke", "--results", str(folder), timeout=1200)
+    assert "2 recordings" in done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_answers_and_a_second_one_computes_nothing(results: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*.safetensors")}
+    assert len(before) == 2
+    again = succeeded("run", "demo", "--profile", "smoke", "--results", str(results))
+    assert "nothing to compute" in again.stderr
+    assert "halfcheetah" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("*.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_rows_answer_in_every_format(results: Path, tmp_path: Path) -> None:
+    sql = "select task, alpha, mean_score, episodes from scores order by task, alpha nulls first"
+    common = ("query", sql, "--results", str(results))
+    rows = json.loads(succeeded(*common, "--format", "json").stdout)
+    assert [(row["task"], row["alpha"], row["episodes"]) for row in rows] == [
+        (task, alpha, 2) for task in ("halfcheetah", "walker2d") for alpha in (None, 0.5, 1.0)
+    ]
+    csv = succeeded(*common, "--format", "csv").stdout.splitlines()
+    assert csv[0] == '"task","alpha","mean_score","episodes"'
+    assert len(csv) == 7
+    succeeded(*common, "--format", "parquet", "--output", str(tmp_path / "rows.parquet"))
+    assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows
+    assert "6 rows" in succeeded(*common).stdout
+    declared = "select labels, evaluation in (select evaluation from episodes) as there from experiments"
+    points = json.loads(succeeded("query", declared, "--results", str(results), "--format", "json").stdout)
+    assert len(points) == 6
+    assert all(point["there"] for point in points)
+
+
+@pytest.mark.slow
+def test_a_sweep_reuses_the_experts_and_the_ends(results: Path, tmp_path: Path) -> None:
+    asked = ("--target", "walker2d", "--source", "halfcheetah", "--group", "attention", "--alpha", "0,0.25,1")
+    figure = tmp_path / "sweep.png"
+    options = ("--profile", "smoke", "--results", str(results), "--figure", str(figure))
+    done = succeeded("sweep", *asked, *options)
+    assert "1 evaluation (2 episodes)" in done.stderr
+    assert "training" not in done.stderr.split("stored")[0]
+    with Image.open(figure) as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.slow
+def test_data_is_listed_and_described(results: Path) -> None:
+    listed = succeeded("data", "list", "--results", str(results)).stdout
+    assert listed.count("expert") == 2
+    described = succeeded(
+        "data", "describe", "--task", "walker2d", "--quality", "expert", "--episodes", "2", "--results", str(results)
+    ).stdout
+    for word in ("episodes", "return 50", "score", "content hash"):
+        assert word in described
+    digest = next(line.split("│")[2].strip() for line in described.splitlines() if "content hash" in line)
+    assert digest[:12] in listed
+
+
+@pytest.mark.slow
+def test_a_merged_policy_is_filmed(results: Path, tmp_path: Path) -> None:
+    film = tmp_path / "merged.webp"
+    asked = ("--target", "walker2d", "--source", "halfcheetah", "--alpha", "0.5", "--steps", "12")
+    succeeded("video", *asked, "--profile", "smoke", "--output", str(film), "--results", str(results))
+    with Image.open(film) as image:
+        assert image.format == "WEBP"
+        assert getattr(image, "n_frames", 1) > 1
+
+
+@pytest.mark.slow
+def test_reports_and_compaction(results: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results"
+    shutil.copytree(results / "tables", copy / "tables")
+    options = ("--profile", "smoke", "--results", str(copy))
+    first = succeeded("report", "demo", *options, "--output", str(tmp_path / "before"))
+    assert str(tmp_path / "before") in first.stdout.replace("\n", "")
+    succeeded("compact", "--results", str(copy))
+    assert {path.name for path in (copy / "tables").iterdir() if path.is_file()} >= {
+        f"{table}.parquet" for table in ("episodes", "policies", "runs", "experiments", "paper", "training")
+    }
+    succeeded("report", "demo", *options, "--output", str(tmp_path / "after"))
+    page = (tmp_path / "after" / "README.md").read_text()
+    assert page == (tmp_path / "before" / "README.md").read_text()
+    assert "gymnasium" in page
+
+
+@pytest.mark.slow
+def test_interrupted_says_that_it_resumes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator", "run", "demo", "--profile", "smoke", "--results", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 130
+    assert "interrupted; the same command resumes" in stderr
+    assert "Traceback" not in stderr

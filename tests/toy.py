@@ -1,0 +1,40 @@
+"""The smallest recipes that run everything: two robots, one-layer policies, seconds on an idle core."""
+
+from dt.model.architecture import Architecture
+from dt.training.optimisation import Optimisation
+from orchestrator.recipes import Evaluate, Merge, Perturb, Recording, Train
+
+TASKS = ("hopper", "walker2d")
+ARCHITECTURE = Architecture(width=16, layers=1, heads=1, context=5)
+OPTIMISATION = Optimisation(steps=420, batch_size=8, learning_rate=1e-3, warmup_steps=5)
+
+
+def recording(task: str) -> Recording:
+    """Three episodes."""
+    return Recording(task=task, quality="medium", episodes=3)
+
+
+def expert(task: str, **changes: object) -> Train:
+    """A policy of 16 numbers a token."""
+    return Train(
+        dataset=recording(task), architecture=ARCHITECTURE, optimisation=OPTIMISATION.model_copy(update=changes)
+    )
+
+
+def evaluation(policy: Train | Merge | Perturb, task: str = "hopper", episodes: int = 2) -> Evaluate:
+    """Two episodes."""
+    return Evaluate(policy=policy, task=task, episodes=episodes, seed=100)
+
+
+def merged(group: str, alpha: float | None) -> Merge:
+    """Hopper's policy with some of Walker2d's."""
+    return Merge(sources=tuple(expert(task) for task in TASKS), group=group, alpha=alpha)
+
+
+def sweep() -> list[Evaluate]:
+    """Both experts, two lines of merges, one uniform mean, three perturbations."""
+    experts = [evaluation(expert(task), task) for task in TASKS]
+    lines = [evaluation(merged(group, alpha)) for group in ("attention", "mlp") for alpha in (0.25, 0.5, 1.0)]
+    mean = evaluation(merged("trunk", None))
+    perturbed = [evaluation(Perturb(policy=expert("hopper"), how=how)) for how in ("random", "identity", "removed")]
+    return [*experts, *lines, mean, *perturbed]
