@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from dt.merging.groups import units
 from experiments._pairs import LITTLE_DECREASE, ORDERED_PAIRS, TASKS
-from experiments._units import kind_of, units_of
+from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
 ALPHAS = (0.5, 1.0)
@@ -19,7 +20,7 @@ def points(setting: Setting) -> Iterator[Point]:
                 evaluation=setting.evaluate(expert[task], task),
             )
         for target, source in ORDERED_PAIRS:
-            for unit in units_of(setting.profile.architecture):
+            for unit in units(setting.profile.architecture, setting.profile.granularity):
                 for alpha in ALPHAS:
                     yield Point(
                         labels={

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from experiments._units import kind_of, units_of
+from dt.merging.groups import units as units_of
+from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
 ALPHA = 0.5
@@ -12,7 +13,7 @@ CLOSE_TO_ZERO = 0.1
 
 def points(setting: Setting) -> Iterator[Point]:
     """Prefixes of 0, 1, … all units. `next` is the kind of the unit that the following prefix adds."""
-    units = units_of(setting.profile.architecture)
+    units = units_of(setting.profile.architecture, setting.profile.granularity)
     names, kinds = ("none", *units), ("none", *map(kind_of, units))
     for seed in setting.profile.sweep_seeds:
         for target, source in PAIRS:

@@ -13,7 +13,8 @@ import pyarrow.dataset as pads
 from dt.errors import UserError
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Where
-from orchestrator.recipes import Dataset, Evaluate, experts
+from orchestrator.plan import trained
+from orchestrator.recipes import Dataset, Evaluate, Train
 from orchestrator.tables import Tables
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
@@ -105,11 +106,11 @@ class Answer:
                 before = baseline(evaluation)
                 return self._mean(evaluation, 1) / self._mean(before, 1) if before.id in self.rows else None
             case "of_data":
-                of_data = self.data_return(experts(evaluation.policy)[0].dataset)
+                of_data = self.data_return(_target(evaluation).dataset)
                 return None if of_data is None else self._mean(evaluation, 0) / constant(of_data)
 
     def _mean(self, evaluation: Evaluate, column: int) -> Sample:
-        stratum = f"{evaluation.task} {evaluation.seed} {experts(evaluation.policy)[0].id}"
+        stratum = f"{evaluation.task} {evaluation.seed} {_target(evaluation).id}"
         return sample_mean(self.rows[evaluation.id][column], together=stratum)
 
 
@@ -139,8 +140,11 @@ def among(column: str, ids: Iterable[str]) -> pads.Expression:
 
 def baseline(evaluation: Evaluate) -> Evaluate:
     """The same evaluation of the policy as it was trained, before anything was merged into it or perturbed."""
-    fields = {name: getattr(evaluation, name) for name in Evaluate.model_fields}
-    return Evaluate(**{**fields, "policy": experts(evaluation.policy)[0]})  # model_copy would keep the cached id
+    return evaluation.model_copy(update={"policy": _target(evaluation)})
+
+
+def _target(evaluation: Evaluate) -> Train:
+    return next(trained(evaluation.policy))
 
 
 def shown_labels(experiment: Experiment) -> tuple[str, ...]:

@@ -127,11 +127,8 @@ def sweep(
     from orchestrator.cli_work import compute, show_answers
 
     setting = setting_of(profile, data, seeds, results)
+    _check_tasks(target, *source)
     weights = _weights(alpha, source)
-    for task in (target, *source):
-        get_task(task)
-    if len({target, *source}) <= len(source):
-        raise UserError("target and sources must be different tasks: their policies are otherwise the same")
 
     def points(at: Setting) -> list[Point]:
         return [
@@ -157,6 +154,13 @@ def sweep(
     )
     compute([asked], setting, Store(results), address, workers, declare=False)
     show_answers([asked], setting, Store(results), figure)
+
+
+def _check_tasks(*tasks: str) -> None:
+    for task in tasks:
+        get_task(task)
+    if len(set(tasks)) < len(tasks):
+        raise UserError("target and sources must be different tasks: their policies are otherwise the same")
 
 
 def _weights(alpha: str | None, source: list[str]) -> tuple[float | None, ...]:
@@ -275,10 +279,7 @@ def video(
     from orchestrator.cli_work import film
 
     setting = setting_of(profile, data, str(seed), results)
-    for task in (target, *([source] if source else [])):
-        get_task(task)
-    if source == target:
-        raise UserError("target and source must be different tasks: their policies are otherwise the same")
+    _check_tasks(target, *([source] if source else []))
     policy = (
         _merge(setting, target, [source], group, alpha, seed, quality)
         if source

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
+from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError
 from dt.tasks import get_task
 from orchestrator.answers import Answer, answers, shown_labels
@@ -19,9 +20,9 @@ from orchestrator.engine import Settings
 from orchestrator.engine import run as run_engine
 from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting, get_experiment, merged
 from orchestrator.figures import draw, spell
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Plan, make_plan, parts, trained
 from orchestrator.profiles import get_profile
-from orchestrator.recipes import Evaluate, Recipe
+from orchestrator.recipes import Evaluate, Recipe, Recording
 from orchestrator.report import data_return, number
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -108,12 +109,19 @@ def compute(
         tables = Tables(store.tables)
         declare_paper(tables)
         for name, some in points.items():
-            declare_experiment(tables, name, setting.profile.name, some)
+            declare_experiment(tables, name, setting.name, some)
     compute_recipes(list(recipes.values()), store, address, workers)
 
 
 def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
-    """Run what these recipes need."""
+    """Run what these recipes need. Raises UserError, before anything starts, for data that nobody can record."""
+    datasets = [recipe for recipe in recipes if isinstance(recipe, Recording)]
+    evaluated = [recipe for recipe in recipes if isinstance(recipe, Evaluate)]
+    datasets += [
+        train.dataset for e in evaluated for train in trained(e.policy) if isinstance(train.dataset, Recording)
+    ]
+    for task, quality in {(part.task, part.quality) for dataset in set(datasets) for part in parts(dataset)}:
+        load_behaviour_policy(task, quality)
     run_engine(recipes, Settings(results=store.root, address=address, rollout_workers=workers), log)
 
 
@@ -168,7 +176,6 @@ def _table(each: Answer) -> RichTable:
 def film(evaluation: Evaluate, store: Store, output: Path, steps: int) -> None:
     """Record the first episode of an evaluation. Raises UserError when a policy it is made of is not trained yet."""
     from dt.rollout.video import record_video
-    from orchestrator.plan import trained
     from orchestrator.rollouts import describe, realise
 
     experts = {}

@@ -20,6 +20,9 @@ TargetReturn = float | Literal["best"]
 class DataChoice(Protocol):
     """What an experiment asks of its data."""
 
+    @property
+    def name(self) -> str: ...
+
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Dataset: ...
 
     def target_return(self, task: str) -> TargetReturn: ...
@@ -30,6 +33,8 @@ class DataChoice(Protocol):
 @dataclass(frozen=True)
 class Recorded:
     """Recorded here from the shipped behaviour policies; the return target is the data's best episode."""
+
+    name = RECORDED
 
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Recording:
         return Recording(task=task, quality=quality, episodes=profile.recorded_episodes, seed=profile.recording_seed)
@@ -51,6 +56,7 @@ class FromTemplate:
 
     template: str  # minari:mujoco/{task}/{quality}-v0, /data/{task}-{quality}-v2.hdf5 or .pkl
     root: Path | None = None  # of Minari datasets, before Minari's own
+    name = "imported"
 
     def __post_init__(self) -> None:
         try:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from dt.errors import unknown
 from dt.frozen import Frozen
-from orchestrator.data_choice import DataChoice
+from orchestrator.data_choice import RECORDED, DataChoice
 from orchestrator.profiles import Profile
 from orchestrator.recipes import Evaluate, Merge, Perturb, Quality, Train
 
@@ -70,6 +70,11 @@ class Setting:
 
     profile: Profile
     data: DataChoice
+
+    @property
+    def name(self) -> str:
+        """The profile's name, and where the data is not recorded here, that too."""
+        return self.profile.name if self.data.name == RECORDED else f"{self.profile.name}-{self.data.name}"
 
     def expert(self, task: str, seed: int, quality: Quality = "expert") -> Train:
         """The single-task Decision Transformer of a task, dataset and training seed."""

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from dt.errors import UserError, unknown
 from dt.frozen import Frozen
+from dt.merging.groups import Granularity
 from dt.model.architecture import BASE, Architecture
 from dt.training.optimisation import Optimisation, Precision
 
@@ -23,6 +24,7 @@ class Profile(Frozen):
     training_seeds: tuple[int, ...] = Field((0,), min_length=1)  # of the experts, and of every merge between them
     sweep_seeds: tuple[int, ...] = Field((0,), min_length=1)  # the training seeds that the wide sweeps use
     alphas: tuple[float, ...] = Field(tuple(i / 10 for i in range(11)), min_length=1)  # the grid of Figure 3
+    granularity: Granularity = "coarse"  # of the units of Figures 2a and 2b; the paper speaks of the coarse ones
     evaluation_episodes: int = Field(25, gt=0)  # the paper's number (§V)
     evaluation_seed: int = Field(1_000_000, ge=0)  # episode i starts from this + i; far from the seeds of recordings
     evaluation_precision: Precision = "float32"
@@ -50,11 +52,14 @@ class Profile(Frozen):
         )
 
 
+# Without dropout: few passes over many episodes underfit rather than overfit, and noise costs precision. On 200 Hopper
+# episodes 1,500 steps reached 99.8 % of the data's return; with dropout 0.1 on 60-80 episodes a prototype reached 69 %.
 _FAST = Optimisation(
     steps=1_500,
     learning_rate=1e-3,
     warmup_steps=100,
     schedule="cosine",
+    dropout=0.0,
     precision="bfloat16",
 )
 
@@ -72,16 +77,18 @@ _ALL = (
         name="demo",
         purpose="`mergedt demo`: two robots in minutes on two cores",
         recorded_episodes=50,
-        optimisation=_FAST,
+        optimisation=_FAST.model_copy(update={"steps": 1_000}),
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0),
         evaluation_episodes=10,
+        evaluation_precision="bfloat16",
     ),
     Profile(
         name="laptop",
         purpose="every figure on a CPU, in hours",
-        recorded_episodes=75,
+        recorded_episodes=200,
         optimisation=_FAST,
         training_seeds=(0, 1, 2),
+        evaluation_precision="bfloat16",
     ),
     Profile(
         name="paper",
@@ -89,6 +96,7 @@ _ALL = (
         recorded_episodes=1_000,
         training_seeds=(0, 1, 2),
         sweep_seeds=(0, 1, 2),
+        granularity="fine",
     ),
 )
 

@@ -5,9 +5,9 @@ Recipes nest by value, so two experiments that need the same expert share it wit
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property, lru_cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,6 +31,13 @@ class Recipe(Frozen):
     def canonical_json(self) -> str:
         """Sorted keys, no spaces, the revision of every nested recipe included."""
         return _canonical_fields(self)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Pydantic's, without the cached id of the original, which it would copy along."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("id", "canonical"):
+            copy.__dict__.pop(name, None)
+        return copy
 
 
 def _canonical(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
                 yield _session(embedded=True)
             finally:
                 ray.shutdown()
+                _end_processes(folder)
         return
     try:
         ray.init(address=where, log_to_driver=False, logging_level="ERROR")
@@ -90,11 +92,22 @@ def _start(folder: Path, cpus: int | None) -> None:
             return
         except Exception as error:
             ray.shutdown()
+            _end_processes(folder)
             if attempt == _ATTEMPTS:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(
                     f"Ray does not start on this machine ({reason}): when it is less busy, run the same command again"
                 ) from error
+
+
+def _end_processes(folder: Path) -> None:
+    """End what is left of the Ray that has its files in `folder`: a failed start, and the detached actors of Train."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+        except (OSError, ValueError):  # it ended by itself, or is not ours
+            continue
 
 
 def in_job() -> bool:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -48,7 +51,10 @@ MISTAKES = {
     "alpha below": ((*SWEEP, "--alpha=-0.1"), "alpha must lie in [0, 1], -0.1 given"),
     "alpha in words": ((*SWEEP, "--alpha", "half"), "numbers separated by commas"),
     "alpha of several": ((*SWEEP, "--source", "walker2d"), "several take their uniform mean"),
-    "itself": ((*SWEEP, "--source", "hopper"), "different tasks"),
+    "itself": (
+        ("sweep", "--target", "hopper", "--source", "hopper", "--group", "mlp", "--alpha", "1"),
+        "different tasks",
+    ),
     "seeds": (("plan", "figure_3", "--seeds", "a,b"), "whole numbers separated by commas"),
     "no seeds": (("plan", "figure_3", "--seeds", ","), "at least one"),
     "data": (("plan", "figure_3", "--data", "minarri:x"), "unknown data"),
@@ -84,12 +90,20 @@ MISTAKES = {
 def test_a_mistake_is_told_in_a_sentence(mistake: str, tmp_path: Path) -> None:
     arguments, says = MISTAKES[mistake]
     takes_results = arguments[0] not in ("rum",) and "--profil" not in arguments
-    done = mergedt(*arguments, *(("--results", str(tmp_path / "results")) if takes_results else ()))
-    assert done.returncode == 2, done.stdout + done.stderr
+    options = ("--results", str(tmp_path / "results")) if takes_results else ()
+    done = CliRunner().invoke(app, [*arguments, *options])
+    assert done.exit_code == 2, done.output
     assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 or "Usage:" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "results").exists()  # nothing half-begun
+
+
+def test_a_mistake_leaves_by_the_front_door() -> None:
+    done = mergedt("plan", "figre_3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("mergedt: unknown experiment 'figre_3'")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_is_a_file_is_told(tmp_path: Path) -> None:

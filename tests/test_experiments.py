@@ -1,13 +1,15 @@
 """The experiments as declarations: they ask exactly what the paper asked, and share what can be shared."""
 
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 from pydantic import ValidationError
 
 from dt.errors import UserError
 from dt.merging.groups import parameters_of
-from experiments._units import kind_of, units_of
+from dt.merging.groups import units as units_of
+from experiments._units import kind_of
 from orchestrator.answers import baseline, select
 from orchestrator.data_choice import choose_data
 from orchestrator.experiment import Figure, Point, Setting, experiments, get_experiment, merged
@@ -41,10 +43,10 @@ def test_every_experiment_at_every_profile(name: str, profile: str) -> None:
 
 def test_figure_2a_is_six_ordered_pairs_by_units_by_alphas() -> None:
     asked = points("figure_2a")
-    units = units_of(ONE_SEED.profile.architecture)
+    units = units_of(ONE_SEED.profile.architecture, ONE_SEED.profile.granularity)
     merges = [point for point in asked if point.labels["alpha"] != 0]
-    assert len(units) == 19
-    assert len(merges) == 6 * 19 * 2
+    assert len(units) == 13
+    assert len(merges) == 6 * 13 * 2
     assert Counter(point.labels["unit"] for point in merges) == dict.fromkeys(units, 12)
     for point in merges:
         policy = point.evaluation.policy
@@ -57,7 +59,7 @@ def test_figure_2a_is_six_ordered_pairs_by_units_by_alphas() -> None:
 def test_figure_2b_merges_prefixes_up_to_the_whole_trunk() -> None:
     architecture = ONE_SEED.profile.architecture
     asked = [point for point in points("figure_2b") if point.labels["target"] == "hopper"]
-    assert [point.labels["merged"] for point in asked] == list(range(20))
+    assert [point.labels["merged"] for point in asked] == list(range(14))
     assert isinstance(asked[0].evaluation.policy, Train)
     sizes = []
     for point in asked[1:]:
@@ -65,7 +67,8 @@ def test_figure_2b_merges_prefixes_up_to_the_whole_trunk() -> None:
         assert isinstance(policy, Merge)
         assert policy.alpha == 0.5
         sizes.append(len(parameters_of(policy.group, architecture)))
-    assert sizes == [2 * count for count in range(1, 20)]
+    per_block = (2, 4, 2, 4)  # tensors of ln_1, attn, ln_2, mlp
+    assert sizes == list(accumulate((*per_block * 3, 2)))
     last = asked[-1].evaluation.policy
     assert isinstance(last, Merge)
     assert parameters_of(last.group, architecture) == parameters_of("trunk", architecture)
@@ -112,7 +115,7 @@ def test_the_baseline_has_its_own_identity() -> None:
 
 
 def test_units_have_kinds() -> None:
-    kinds = Counter(kind_of(unit) for unit in units_of(ONE_SEED.profile.architecture))
+    kinds = Counter(kind_of(unit) for unit in units_of(ONE_SEED.profile.architecture, "fine"))
     assert kinds == {"attention": 6, "mlp": 6, "layernorm": 7}
     coarse = [kind_of(unit) for unit in units_of(ONE_SEED.profile.architecture, "coarse")]
     assert coarse == ["layernorm", "attention", "layernorm", "mlp"] * 3 + ["layernorm"]

@@ -152,6 +152,14 @@ def test_equal_recipes_have_one_id():
     assert whole.id == real.id
 
 
+def test_a_changed_copy_has_its_own_id():
+    assert HOPPER.id
+    assert TRAIN.canonical_json()
+    copy = HOPPER.model_copy(update={"quality": "medium"})
+    assert copy.id == Recording(task="hopper", quality="medium", episodes=25).id
+    assert TRAIN.model_copy(update={"seed": 5}).id == Train(dataset=HOPPER, seed=5).id
+
+
 def test_a_raised_revision_changes_the_id_of_all_that_rests_on_it(monkeypatch):
     def ids():
         train = Train(dataset=Recording(task="hopper", quality="expert", episodes=25))

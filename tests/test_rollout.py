@@ -51,7 +51,7 @@ def literal(policy: Policy, task: Task, seed: int, target: float, limit: int) ->
         with torch.inference_mode():
             action = model(task.name, Batch(window(goal_tokens), window(states), window(actions), times, mask))[0, -1]
         actions[-1] = action
-        observation, reward, terminated, _, _ = environment.step(action.numpy().astype(np.float64))
+        observation, reward, terminated, _, _ = environment.step(action.numpy())
         rewards.append(float(reward))
         goals.append(goals[-1] - float(reward))
     return rewards, terminated

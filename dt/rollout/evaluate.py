@@ -73,7 +73,7 @@ def evaluate(
             ).numpy()
             alive = running[slots.environments] & slots.first
             ids = slots.environments[alive]
-            observations[ids], rewards, ended = physics.step(ids, actions[alive].astype(np.float64))
+            observations[ids], rewards, ended = physics.step(ids, actions[alive])
             returns[ids] += rewards
             lengths[ids] += 1
             terminated[ids] = ended

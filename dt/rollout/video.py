@@ -51,7 +51,7 @@ def record_video(
                 torch.from_numpy(observation.astype(np.float32))[None, None],
                 torch.tensor([[(goal - collected) / task.return_scale]]),
             )
-            observation, reward, terminated, _, _ = environment.step(action[0, 0].numpy().astype(np.float64))
+            observation, reward, terminated, _, _ = environment.step(action[0, 0].numpy())
             collected += float(reward)
             if terminated:
                 break
