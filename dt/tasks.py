@@ -1,7 +1,7 @@
 """What a task is: one environment with its dimensions, return target and reference scores.
 
-Reference returns are D4RL's (Fu et al. 2020, `d4rl/infos.py`); the environments are Gymnasium's v5. On HalfCheetah the two
-agree exactly, on Hopper within 0.03 points; on Walker2d (other foot friction) the score is a scale, not a comparison.
+Reference returns are D4RL's (Fu et al. 2020, `d4rl/infos.py`); the environments are Gymnasium's v5. On HalfCheetah the
+two agree exactly, on Hopper within 0.03 points; on Walker2d (other foot friction) the score is a scale, no comparison.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Running a plan on Ray: recordings, then trainings, then sweeps; everything done is committed at once and never redone."""
+"""Running a plan on Ray: recordings, then trainings, then sweeps. What is done is committed at once, never redone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.rollouts import Failure
     from orchestrator.training import Slots
 
-THREADS_SHARE = 4  # a training gets a quarter of the CPUs: small models gain little from more threads
+THREADS_SHARE = 4  # a training gets a quarter of a node's CPUs: small models gain little from more threads
 TRAININGS_PER_GPU = 4  # a base-size model leaves most of a GPU idle
 
 
@@ -37,7 +37,7 @@ class Settings:
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else an embedded Ray
     rollout_workers: int | None = None  # processes of one thread each; None: one for each CPU
     training_slots: int | None = None  # trainings at once; None: CPUs / threads, or four a GPU
-    threads: int | None = None  # of torch, for each training; None: a quarter of the CPUs
+    threads: int | None = None  # of torch, for each training; None: a quarter of a node's CPUs
     cpus: int | None = None  # of an embedded Ray; None: all
     checkpoint_seconds: float = 20.0  # a killed training loses no more than that
 
@@ -51,8 +51,8 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
     console = console or Console(stderr=True)
     if in_job() and not settings.results.is_absolute():
         raise UserError(
-            f"inside a Ray job the folder {settings.results} would vanish with the job: give --results an absolute path "
-            "that all nodes share"
+            f"inside a Ray job the folder {settings.results} would vanish with the job: "
+            "give --results an absolute path that all nodes share"
         )
     store, tables = Store(settings.results), Tables(Store(settings.results).tables)
     plan = make_plan(recipes, store, tables)
@@ -175,7 +175,7 @@ def slots_for(trainings: int, settings: Settings, session: Session) -> Slots:
     """
     from orchestrator.training import Slots
 
-    threads = settings.threads or max(1, session.cpus // THREADS_SHARE)
+    threads = settings.threads or max(1, session.node_cpus // THREADS_SHARE)
     fitting = max(1, session.cpus // threads)
     count = settings.training_slots or (TRAININGS_PER_GPU * session.gpus if session.gpus else fitting)
     count = max(1, min(count, fitting, trainings))

@@ -19,7 +19,7 @@ from dt.training.optimisation import Optimisation, Precision
 
 
 class Recipe(Frozen):
-    """Base of all recipes. `revision` is part of the identity: raise it when the same fields come to mean another result."""
+    """Base of all recipes. `revision` is part of the identity: raise it when the same fields mean another result."""
 
     revision: ClassVar[int] = 1
 
@@ -86,7 +86,7 @@ Quality = Literal["medium", "expert", "medium-expert"]
 
 
 class Recording(_OfTask):
-    """A dataset recorded here from the shipped behaviour policies; `medium-expert` is both of that many episodes, together."""
+    """A dataset recorded here from shipped behaviour policies; `medium-expert` is both, so many of each."""
 
     kind: Literal["recording"] = "recording"
     quality: Quality
@@ -95,7 +95,7 @@ class Recording(_OfTask):
 
 
 class Imported(_OfTask):
-    """A dataset that others recorded: a Minari id, a D4RL `.hdf5`, or a pickle of the original code, pinned by its content."""
+    """A dataset of others, pinned by its content: a Minari id, a D4RL `.hdf5`, or a pickle of the original code."""
 
     kind: Literal["imported"] = "imported"
     source: str
@@ -129,7 +129,7 @@ class Train(Recipe):
 
 
 class Merge(Recipe):
-    """`group` of the first source (the target) becomes (1−α)·target + α·source, or the uniform mean of n when α is None."""
+    """`group` of the first source (the target) becomes (1−α)·target + α·source; the uniform mean where α is None."""
 
     kind: Literal["merge"] = "merge"
     sources: tuple["Policy", ...] = Field(min_length=2)
@@ -178,7 +178,7 @@ Policy = Annotated[Train | Merge | Perturb, Field(discriminator="kind")]
 
 
 class Evaluate(_OfTask):
-    """Closed-loop rollouts of a policy: episode i starts from environment seed `seed + i`, the same for all policies."""
+    """Closed-loop rollouts of a policy: episode i starts from environment seed `seed + i`, whatever the policy."""
 
     kind: Literal["evaluate"] = "evaluate"
     policy: Policy

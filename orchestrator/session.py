@@ -8,8 +8,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +24,25 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "300000",  # a busy laptop needs more than the 30 s after which a node gives up …
+    "RAY_worker_register_timeout_seconds": "300",  # … and the 60 s that it gives a worker
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, and it silences a warning
 }
 _FOLDER = "mergedt-ray"
-_ATTEMPTS = 3
+PATIENCE_SECONDS = 300.0  # for an embedded Ray that is slow to start
 
 
 @dataclass(frozen=True)
 class Session:
-    """A live connection. embedded: to a Ray of our own on this machine, which ends with the run."""
+    """A live connection. embedded: to a Ray of our own on this machine, which ends with the run.
+
+    cpus, gpus: of all nodes, those included that an autoscaler may add; node_cpus: of the largest node.
+    """
 
     embedded: bool
     cpus: int
     gpus: int
+    node_cpus: int
 
 
 @contextmanager
@@ -76,28 +83,29 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
 
 
 def _start(folder: Path, cpus: int | None) -> None:
-    """Start an embedded Ray. Tried again, for Ray gives its node 30 seconds, and a busy machine may need more."""
+    """Start an embedded Ray.
+
+    Ray gives its node 30 seconds to come up. On a busy machine it needs more: what was started goes on starting, and is
+    joined when it is there.
+    """
     import ray
 
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,  # ten processes; what it does for Ray Train, see training.py, the end of the run does
-                log_to_driver=False,
-                logging_level="ERROR",
-                _temp_dir=str(folder),
-            )
-            return
-        except Exception as error:
-            ray.shutdown()
-            _end_processes(folder)
-            if attempt == _ATTEMPTS:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"Ray does not start on this machine ({reason}): when it is less busy, run the same command again"
-                ) from error
+    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    try:
+        # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
+        return
+    except Exception as error:
+        reason = error
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        for port in folder.glob("session_*/gcs_server_port_*"):
+            with suppress(Exception):
+                ray.init(address=f"{ray.util.get_node_ip_address()}:{port.read_text().strip()}", **quiet)
+                return
+        time.sleep(1)
+    said = str(reason).strip().splitlines()[0]
+    raise UserError(f"Ray does not start on this machine ({said}): when it is less busy, run the same command again")
 
 
 def _end_processes(folder: Path) -> None:
@@ -150,8 +158,31 @@ def check_visible(folder: Path) -> None:
 def _session(*, embedded: bool) -> Session:
     import ray
 
-    resources = ray.cluster_resources()
-    return Session(embedded, cpus=max(1, int(resources.get("CPU", 1))), gpus=int(resources.get("GPU", 0)))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    addable = [] if embedded else _addable_nodes()
+    counted = [*((node, 1) for node in nodes), *addable]
+    return Session(
+        embedded,
+        cpus=max(1, sum(int(node.get("CPU", 0)) * count for node, count in counted)),
+        gpus=sum(int(node.get("GPU", 0)) * count for node, count in counted),
+        node_cpus=max(1, *(int(node.get("CPU", 0)) for node, _ in counted)),
+    )
+
+
+def _addable_nodes() -> list[tuple[Mapping[str, float], int]]:
+    """Resources and number of the nodes that the cluster's autoscaler may still add; none where it has no autoscaler.
+
+    From a private module of Ray: the public interface knows only nodes that run, and a cluster that scales down to its
+    head would never be seen to have a GPU.
+    """
+    import ray
+
+    try:
+        config = ray._private.state.state.get_cluster_config()
+        groups = list(config.node_group_configs) if config else []
+        return [(dict(group.resources), max(0, group.max_count - group.min_count)) for group in groups]
+    except Exception:  # another version of Ray, or a cluster that keeps it to itself
+        return []
 
 
 def _authenticate(*, new_cluster: bool) -> None:

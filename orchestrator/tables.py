@@ -1,8 +1,8 @@
 """The tables: Arrow schemas, exactly-once append, SQL.
 
-A table is one compacted file, `<table>.parquet`, and parts, `<table>/<recipe id>.parquet`, one for each recipe whose rows
-came since. Facts never change, so a part whose recipe is in the compacted file already says nothing new and is ignored.
-Declarations (which evaluations answer which experiment, the paper's numbers) may be restated: there the part is the newer.
+A table is one compacted file, `<table>.parquet`, and parts, `<table>/<recipe id>.parquet`, one for each recipe whose
+rows came since. Facts never change, so a part whose recipe is in the compacted file says nothing new and is ignored.
+Declarations (which evaluations answer which experiment, the paper's numbers) may be restated: there the part counts.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Tables:
         self._compacted_keys: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
 
     def append(self, table: str, key: str, rows: pa.Table) -> bool:
-        """Commit the rows of one recipe (`key`: its id); a second time does nothing, unless the table holds declarations.
+        """Commit the rows of one recipe (`key`: its id); again, it does nothing, unless the table holds declarations.
 
         For declarations `key` is the key columns joined by `-`. Returns whether something was written.
         Raises UserError when the disk refuses, ValueError when the rows are not those of `key` in the table's schema.
@@ -228,7 +228,7 @@ class Tables:
         return self._compacted(table) | frozenset(self._parts(table))
 
     def dataset(self, table: str) -> pads.Dataset:
-        """The table, each recipe's rows once. Empty when nothing was written. Raises UserError naming a corrupt file."""
+        """The table, each recipe's rows once; empty when none were written. Raises UserError naming a corrupt file."""
         spec = _spec(table)
         parts, compacted = self._parts(table), self._file(table)
         if not spec.facts:
@@ -255,7 +255,7 @@ class Tables:
         return rows.sort_by([(name, "ascending") for name in _spec(table).order])
 
     def compact(self) -> None:
-        """Rewrite every table as its one file, in a fixed order, then remove its parts. A kill in between loses nothing."""
+        """Rewrite every table as one file, in a fixed order, then remove its parts. A kill in between loses nothing."""
         for table, spec in SPECS.items():
             parts = self._parts(table)
             if parts:
@@ -274,7 +274,7 @@ class Tables:
             for table in SPECS:
                 connection.register(table, self.dataset(table))
             connection.execute(SCORES)
-            # Order matters: a locked configuration cannot be changed, and without a temporary folder nothing spills to disk.
+            # In this order: a locked configuration cannot be changed. Without a temporary folder nothing spills.
             connection.execute("SET memory_limit='2GB'; SET temp_directory=''")
             connection.execute("SET enable_external_access=false; SET lock_configuration=true")
             try:

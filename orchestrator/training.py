@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
 MAX_FAILURES = 3  # lost workers a run survives; a mistake of the user is not tried again
-_STATE, _LOG = "state.safetensors", "log.json"
+PROGRESS_SECONDS = 2.0
+_STATE, _LOG, _PROGRESS = "state.safetensors", "log.json", "progress.json"
 
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # report() waits for the controller's next look: 2 s by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a checkpoint waits for the controller's next look: 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a helper process of 120 MB for each run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a loaded laptop takes its time to import torch
-    "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 
 
@@ -53,7 +54,7 @@ class Slots:
 
     @property
     def cpus(self) -> float:
-        """CPUs that Ray sets aside for one; a little fewer than it uses, for the waiting trials need some. Whole above 1."""
+        """CPUs that Ray sets aside for one: fewer than it uses, for the waiting trials need some; whole above 1."""
         return 0.9 if self.threads == 1 else self.threads - 1
 
 
@@ -75,30 +76,26 @@ def train_all(
     from orchestrator.tuning import run_trials
 
     by_id = {recipe.id: recipe for recipe in recipes}
-    steps: dict[str, int] = {}
+    finished: set[str] = set()
     failures: list[Failure] = []
 
     def on_report(report: dict[str, Any]) -> None:
         if "lost" in report:
             raise UserError(f"{describe(by_id[report['lost']])}: {report['why']}; run the same command again to go on")
-        if "finished" in report:
-            recipe = by_id[report["finished"]]
-            if report["error"]:
-                failures.append(Failure(recipe.id, describe(recipe), report["error"]))
-            else:
-                commit_outcome(recipe, store, tables)
-                steps[recipe.id] = recipe.optimisation.steps
-            phase.set(sum(steps.values()))
-        elif "training" in report:
-            steps[report["training"]] = report["step"]
-            phase.set(sum(steps.values()), f"loss {report['loss']:.4f}")
+        recipe = by_id[report["finished"]]
+        if report["error"]:
+            failures.append(Failure(recipe.id, describe(recipe), report["error"]))
+        else:
+            commit_outcome(recipe, store, tables)
+            finished.add(recipe.id)
 
     work = [
         asdict(_Work(recipe.model_dump_json(), str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds))
         for recipe in recipes
     ]
     launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
-    died = run_trials(launch, "work", work, on_report, concurrent=slots.count)
+    with _watched(recipes, finished, store, phase):
+        died = run_trials(launch, "work", work, on_report, concurrent=slots.count, reuse=False)
     return [*failures, *(Failure("", "a training", explain(error)) for error in died)]
 
 
@@ -117,15 +114,47 @@ def commit_outcome(recipe: Train, store: Store, tables: Tables) -> bool:
     return True
 
 
+@contextmanager
+def _watched(recipes: Sequence[Train], finished: Set[str], store: Store, phase: Phase) -> Iterator[None]:
+    """Show the steps that the workers note in their folders. Through Ray this would take an actor for each training."""
+
+    def show() -> None:
+        running = [note for recipe in recipes if (note := _read_progress(store, recipe))]
+        done = sum(recipe.optimisation.steps for recipe in recipes if recipe.id in finished)
+        losses = ", ".join(f"{note['loss']:.4f}" for note in running)
+        phase.set(done + sum(note["step"] for note in running), f"loss {losses}" if losses else "")
+
+    def watch() -> None:
+        while not over.wait(PROGRESS_SECONDS):
+            show()
+
+    over = threading.Event()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        show()
+
+
+def _read_progress(store: Store, recipe: Train) -> dict[str, Any] | None:
+    try:
+        progress: dict[str, Any] = json.loads((store.training_path(recipe) / _PROGRESS).read_text())
+    except (OSError, ValueError):  # not begun, or committed and gone
+        return None
+    return progress
+
+
 # --- in the Tune trial ------------------------------------------------------------------------------------------------
 
 
 def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
-    """Run one training with Ray Train and report how it ended. Progress passes through to Tune on its way."""
+    """Run one training with Ray Train and report how it ended."""
     from ray import tune
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
 
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     work = _Work(**config["work"])
@@ -141,7 +170,6 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
             storage_path=str(Store(Path(work.results)).training),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[TuneReportCallback()],
         ),
     )
     try:
@@ -180,7 +208,7 @@ def _train(work: _Work) -> None:
     device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
     trajectories = load_dataset(recipe, store)
     with _resumed() as (state_file, log):
-        cadence = _Cadence(work.checkpoint_seconds)
+        cadence, progress = _Cadence(work.checkpoint_seconds), _Cadence(PROGRESS_SECONDS)
         for state in train(
             get_task(recipe.task),
             trajectories,
@@ -192,6 +220,10 @@ def _train(work: _Work) -> None:
             device=device,
         ):
             log.add(state)
+            if progress.due():
+                with progress.measured():
+                    note = json.dumps({"step": state.step, "loss": state.metrics["loss"]})
+                    _note(store.training_path(recipe) / _PROGRESS, note)
             if state.done:
                 policy = state.policy()
             elif cadence.due():
@@ -199,7 +231,7 @@ def _train(work: _Work) -> None:
                     state.save(Path(folder, _STATE))
                     write_atomically(Path(folder, _LOG), log.to_json())
                     ray.train.report(
-                        {"training": recipe.id, "step": state.step, "loss": state.metrics["loss"]},
+                        {"step": state.step, "loss": state.metrics["loss"]},
                         checkpoint=ray.train.Checkpoint.from_directory(folder),
                     )
     run = run_row(
@@ -209,8 +241,16 @@ def _train(work: _Work) -> None:
     store.save_trained(recipe, policy, {"metrics": log.metrics, "parameters": parameters, "run": run})
 
 
+def _note(path: Path, text: str) -> None:
+    """Write a file that only a progress bar reads: whole, but not worth an error or a wait for the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with suppress(OSError):
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
 def load_dataset(recipe: Train, store: Store) -> Trajectories:
-    """The data a recipe is trained on. Raises UserError when it is missing, damaged, or not the one the recipe names."""
+    """The data of a recipe. Raises UserError when it is missing, damaged, or not the one the recipe names."""
     from dt.data.sources import load_imported, load_recorded
 
     dataset = recipe.dataset
@@ -219,8 +259,8 @@ def load_dataset(recipe: Train, store: Store) -> Trajectories:
     trajectories = load_imported(dataset.source, dataset.task, store.datasets)
     if trajectories.content_hash != dataset.content_hash:
         raise UserError(
-            f"the dataset {dataset.source} has changed: its content is {trajectories.content_hash[:12]}…, the recipe was "
-            f"made for {dataset.content_hash[:12]}…; restore it, or run the command again to use the new one"
+            f"the dataset {dataset.source} has changed: its content is {trajectories.content_hash[:12]}…, the recipe's "
+            f"{dataset.content_hash[:12]}…; restore it, or run the command again to use the new one"
         )
     return trajectories
 
@@ -267,7 +307,7 @@ def _resumed() -> Iterator[tuple[Path | None, _Log]]:
 
 
 class _Cadence:
-    """When to write a checkpoint: every so many seconds, or more rarely where writing one takes long."""
+    """When to write a checkpoint or a note: every so many seconds, or more rarely where writing one takes long."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._last = seconds, time.monotonic()
@@ -278,7 +318,7 @@ class _Cadence:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Round the writing of a checkpoint: no more than a twentieth of the time shall go into it."""
+        """Round the writing: no more than a twentieth of the time shall go into it."""
         began = time.monotonic()
         yield
         self._last = time.monotonic()

@@ -9,8 +9,8 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback
 
-# A trial only waits for work that runs elsewhere. With Tune's default of 1 CPU the trials would leave none for the work;
-# 0 is refused.
+# A trial only waits for work that runs elsewhere: with Tune's default of 1 CPU the trials would leave none for it. 0 is
+# refused.
 TRIAL_RESOURCES = {"CPU": 0.01}
 
 
@@ -41,10 +41,12 @@ def run_trials(
     on_report: Callable[[dict[str, Any]], None],
     *,
     concurrent: int,
+    reuse: bool,
 ) -> list[BaseException]:
     """Run one trial for each value; `on_report` gets every report, one after another, in this process.
 
-    What `on_report` takes out of a report does not stay in Tune's memory. Its exceptions end the run and are raised here.
+    reuse: run the next trial in the process of the last, which saves a second a trial. What `on_report` takes out of a
+    report does not stay in Tune's memory; its exceptions end the run and are raised here.
     Returns the errors of trials that died, which a trial made only of waiting does not by itself.
     """
     writer = _Writer(on_report)
@@ -52,7 +54,7 @@ def run_trials(
         tuner = tune.Tuner(
             tune.with_resources(trainable, TRIAL_RESOURCES),
             param_space={parameter: tune.grid_search(values)},
-            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=True),
+            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=reuse),
             run_config=tune.RunConfig(
                 name="trials",
                 storage_path=scratch,

@@ -28,7 +28,9 @@ def three() -> list[Policy]:
     return [policy("hopper", 0), policy("halfcheetah", 1), policy("walker2d", 2)]
 
 
-@pytest.mark.parametrize("group", ["attention", "mlp", "layernorm", "trunk", "attention+mlp", "h.1.attn", "h.2.mlp.c_fc+ln_f"])
+@pytest.mark.parametrize(
+    "group", ["attention", "mlp", "layernorm", "trunk", "attention+mlp", "h.1.attn", "h.2.mlp.c_fc+ln_f"]
+)
 def test_a_pair_is_interpolated_in_its_group_and_nowhere_else(three: list[Policy], group: str) -> None:
     target, source, _ = three
     before = {name: array.copy() for name, array in target.arrays().items()}
@@ -95,7 +97,11 @@ def test_removed_attention_leaves_the_residual_stream_alone(three: list[Policy])
     removed = perturb(three[0], "attention", "removed")
     model, plain = DecisionTransformer.from_policy(removed).eval(), DecisionTransformer.from_policy(three[0]).eval()
     batch = Batch(
-        torch.randn(2, 4, 1), torch.randn(2, 4, 11), torch.randn(2, 4, 3), torch.arange(4).expand(2, 4), torch.ones(2, 4, dtype=torch.bool)
+        torch.randn(2, 4, 1),
+        torch.randn(2, 4, 11),
+        torch.randn(2, 4, 3),
+        torch.arange(4).expand(2, 4),
+        torch.ones(2, 4, dtype=torch.bool),
     )
     x = plain.heads["hopper"].embed(batch)
     for block in plain.trunk.h:

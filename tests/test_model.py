@@ -92,7 +92,9 @@ def test_decision_transformer_equals_a_forward_pass_written_out_from_the_facts()
             ):
                 raw = layer.weight @ value + layer.bias
                 normal = (raw - raw.mean()) / torch.sqrt(raw.var(unbiased=False) + 1e-5)
-                tokens[b, 3 * k + kind] = normal * head.embed_ln.weight + head.embed_ln.bias + time  # LN first, then time
+                tokens[b, 3 * k + kind] = (
+                    normal * head.embed_ln.weight + head.embed_ln.bias + time
+                )  # LN first, then time
     hidden = oracle(inputs_embeds=tokens, attention_mask=batch.mask.repeat_interleave(3, 1).long()).last_hidden_state
     expected = torch.tanh(hidden[:, 1::3] @ head.predict_action.weight.T + head.predict_action.bias)
     torch.testing.assert_close(model("hopper", batch)[batch.mask], expected[batch.mask], atol=1e-5, rtol=0)
@@ -115,7 +117,9 @@ def test_parameter_counts_and_group_shares_are_the_papers() -> None:
 
     def count(architecture: Architecture, group: str) -> int:
         shapes = trunk_shapes(architecture)
-        return sum(torch.Size(shapes[name]).numel() for name in parameters_of(group, architecture) if "ln_f" not in name)
+        return sum(
+            torch.Size(shapes[name]).numel() for name in parameters_of(group, architecture) if "ln_f" not in name
+        )
 
     base = Architecture()
     assert count(base, "trunk") == 594_816

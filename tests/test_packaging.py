@@ -39,7 +39,15 @@ def test_arrows_point_one_way(package: str) -> None:
 
 
 def test_experiments_use_only_declarations() -> None:
-    allowed = ("collections", "itertools", "dt.merging.groups", "dt.model.architecture", "experiments", "orchestrator")
+    allowed = (
+        "collections",
+        "itertools",
+        "typing",
+        "dt.merging.groups",
+        "dt.model.architecture",
+        "experiments",
+        "orchestrator",
+    )
     inside = ("orchestrator.experiment", "orchestrator.recipes", "experiments.")
     for path in modules("experiments"):
         for name in imported(path):

@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dt.merging.groups import units
 from dt.scores import bootstrap_interval, retention_interval
 from dt.tasks import get_task
+from experiments._units import kind_of
 from orchestrator.answers import Answer, answers, baseline, verdict
 from orchestrator.data_choice import choose_data
 from orchestrator.declarations import declare_experiment, declare_paper
@@ -24,6 +26,7 @@ from orchestrator.store import Store
 from orchestrator.tables import SCHEMAS, Tables
 
 SETTING = Setting(get_profile("smoke").model_copy(update={"evaluation_episodes": 25}), choose_data("recorded"))
+UNITS = units(SETTING.profile.architecture, SETTING.profile.granularity)
 ALL = [experiment for name, experiment in experiments().items() if name != "demo"]
 BEFORE = 90.0
 
@@ -69,11 +72,9 @@ def as_the_paper(experiment: str, point: Point) -> float:
         case "figure_2a":
             return 0.7 if labels["kind"] == "mlp" else 1.0
         case "figure_2b":
-            before = {"mlp": 0.14, "attention": 0.02, "layernorm": 0.0}
-            block = ["layernorm", "attention", "attention", "layernorm", "mlp", "mlp"]
-            kinds = block * SETTING.profile.architecture.layers
-            merged = int(labels["merged"])
-            return 0.0 if labels["whole"] == "yes" else 1 - sum(before[kind] for kind in kinds[:merged])
+            cost = {"mlp": 0.28, "attention": 0.04, "layernorm": 0.0}
+            kinds = [kind_of(unit) for unit in UNITS[: int(labels["merged"])]]
+            return 0.0 if labels["whole"] == "yes" else 1 - sum(cost[kind] for kind in kinds)
         case "figure_3":
             if "hopper" not in str(labels["pair"]):
                 return 1.0
@@ -186,8 +187,8 @@ def test_in_a_world_where_nothing_is_lost_the_losses_disagree(tmp_path: Path) ->
 
 def test_retention_is_the_mean_of_the_pairs_ratios(papers_world: Store) -> None:
     found = answered(papers_world, "figure_2a")
-    cell = next(c for c in found.cells if c.labels == {"alpha": 1.0, "unit": "h.0.mlp.c_fc", "kind": "mlp"})
-    points = [p for p in found.points if p.labels["unit"] == "h.0.mlp.c_fc" and p.labels["alpha"] == 1.0]
+    cell = next(c for c in found.cells if c.labels == {"alpha": 1.0, "unit": "h.0.mlp", "kind": "mlp"})
+    points = [p for p in found.points if p.labels["unit"] == "h.0.mlp" and p.labels["alpha"] == 1.0]
     ratios = [
         np.mean(found.rows[p.evaluation.id][1]) / np.mean(found.rows[baseline(p.evaluation).id][1]) for p in points
     ]

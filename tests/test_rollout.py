@@ -17,7 +17,9 @@ from dt.tasks import Task, get_task
 HOPPER = get_task("hopper")
 
 
-def lively(task: Task, seed: int, activation: str = "relu", layers: int = 2, heads: int = 1, context: int = 6, width: int = 32) -> Policy:
+def lively(
+    task: Task, seed: int, activation: str = "relu", layers: int = 2, heads: int = 1, context: int = 6, width: int = 32
+) -> Policy:
     """A random policy whose actions depend visibly on everything it sees."""
     torch.manual_seed(seed)
     architecture = Architecture(width=width, layers=layers, heads=heads, activation=activation, context=context)
@@ -31,7 +33,11 @@ def lively(task: Task, seed: int, activation: str = "relu", layers: int = 2, hea
 
 def literal(policy: Policy, task: Task, seed: int, target: float, limit: int) -> tuple[list[float], bool]:
     """The evaluation loop of the facts §9 for one episode. Returns its rewards and whether it terminated."""
-    model, head, k = DecisionTransformer.from_policy(policy).eval(), policy.heads[task.name], policy.architecture.context
+    model, head, k = (
+        DecisionTransformer.from_policy(policy).eval(),
+        policy.heads[task.name],
+        policy.architecture.context,
+    )
     environment = gymnasium.make(task.environment)
     observation, _ = environment.reset(seed=seed)
     states, actions, goals, rewards, terminated = [], [], [target], [], False
@@ -58,7 +64,8 @@ def literal(policy: Policy, task: Task, seed: int, target: float, limit: int) ->
 
 
 @pytest.mark.parametrize(
-    ("activation", "layers", "heads", "context"), [("relu", 3, 1, 6), ("gelu_new", 2, 4, 6), ("geglu", 1, 2, 20), ("relu", 2, 1, 1)]
+    ("activation", "layers", "heads", "context"),
+    [("relu", 3, 1, 6), ("gelu_new", 2, 4, 6), ("geglu", 1, 2, 20), ("relu", 2, 1, 1)],
 )
 def test_stacked_rollouts_equal_the_literal_evaluation(activation: str, layers: int, heads: int, context: int) -> None:
     policies = [lively(HOPPER, seed, activation, layers, heads, context) for seed in range(3)]
@@ -80,7 +87,9 @@ def test_a_policy_gets_the_same_bits_in_whatever_company(precision: str) -> None
     a, b = (lively(HOPPER, seed, width=128) for seed in (1, 2))
     crowd = [a, b, merge([a, b], "attention", 0.5), merge([a, b], "trunk", 0.5)]
     together = evaluate(crowd, short, episodes=5, seed=3, precision=precision)
-    assert len({tuple(episodes.lengths) for episodes in together}) > 1  # they end at different times: slots are repacked
+    assert (
+        len({tuple(episodes.lengths) for episodes in together}) > 1
+    )  # they end at different times: slots are repacked
     for policy, episodes in zip(crowd, together, strict=True):
         (alone,) = evaluate([policy], short, episodes=5, seed=3, precision=precision)
         for mine, theirs in zip(alone, episodes, strict=True):

@@ -205,10 +205,7 @@ def test_policies_unfold_their_recipes(tables):
     assert rows == [
         {"kind": "merge", "method": "interpolate", "group": "attention", "alpha": 0.5} | common | both,
         {"kind": "merge", "method": "mean", "group": "trunk", "alpha": None} | common | both,
-        {"kind": "perturb", "method": "random", "group": "mlp", "alpha": None}
-        | common
-        | both
-        | {"perturbation_seed": 4},
+        {"kind": "perturb", "method": "random", "group": "mlp", "alpha": None} | common | both | drawn,
         {"kind": "train", "method": None} | common | alone,
     ]
 

@@ -15,7 +15,7 @@ from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy
 from dt.tasks import get_task
-from dt.training.loop import NotFiniteLoss, action_loss, learning_rate, train
+from dt.training.loop import NotFiniteLossError, action_loss, learning_rate, train
 from dt.training.optimisation import Optimisation
 
 HOPPER = get_task("hopper")
@@ -60,9 +60,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(data: Trajectories) -> None:
     for step, rate in enumerate([0.5e-3, 1e-3, 1e-3]):  # warm-up over 2 updates, then the cosine's first value
         batch = windows.sample(8, rng)
         predicted = model("hopper", batch)
-        errors = [
-            (predicted[b, k] - batch.actions[b, k]) ** 2 for b in range(8) for k in range(5) if batch.mask[b, k]
-        ]
+        errors = [(predicted[b, k] - batch.actions[b, k]) ** 2 for b in range(8) for k in range(5) if batch.mask[b, k]]
         model.zero_grad()
         torch.stack(errors).mean().backward()
         norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters()))
@@ -84,7 +82,9 @@ def test_steps_are_those_of_a_loop_written_by_hand(data: Trajectories) -> None:
 
 def test_the_head_carries_the_statistics_of_its_data(data: Trajectories) -> None:
     head = run(data).heads["hopper"]
-    np.testing.assert_allclose(head["state_mean"], data.observations.mean(axis=0, dtype=np.float64), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        head["state_mean"], data.observations.mean(axis=0, dtype=np.float64), rtol=1e-4, atol=1e-5
+    )
     assert float(head["best_return"]) == pytest.approx(data.returns.max(), rel=1e-6)
 
 
@@ -110,11 +110,15 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence_and_the_last_checkpoint_
 ) -> None:
     path = tmp_path / "state.safetensors"
     diverging = QUICK.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
-    with pytest.raises(NotFiniteLoss, match=r"hopper became (nan|inf) at step \d+: lower the learning rate"):
+
+    def train_and_save() -> None:
         for state in train(HOPPER, data, SMALL, diverging, 0, log_every=1):
             assert math.isfinite(state.metrics["loss"])
             state.save(path)
-    with pytest.raises(NotFiniteLoss):  # the saved state is whole: resuming from it comes to the same end
+
+    with pytest.raises(NotFiniteLossError, match=r"hopper became (nan|inf) at step \d+: lower the learning rate"):
+        train_and_save()
+    with pytest.raises(NotFiniteLossError):  # the saved state is whole: resuming from it comes to the same end
         list(train(HOPPER, data, SMALL, diverging, 0, resume=path, log_every=1))
 
 

@@ -1,6 +1,6 @@
 """Named sets of trunk parameters: what a merge may touch.
 
-Names are GPT-2's (`h.0.attn.c_attn.weight`). Groups are matched by structure, never by substring, and hold parameters only.
+Names are GPT-2's (`h.0.attn.c_attn.weight`). Groups follow the structure, never substrings, and hold parameters only.
 """
 
 from collections.abc import Iterable
@@ -40,8 +40,8 @@ def units(architecture: Architecture, granularity: Granularity = "coarse") -> tu
 def parameters_of(group: str, architecture: Architecture) -> tuple[str, ...]:
     """Parameter names of a group, in depth order.
 
-    `group` is `attention`, `mlp`, `layernorm` (all, with ln_f), `trunk`, a unit of either granularity, or several joined
-    by `+`. Raises UserError naming the nearest valid groups.
+    `group` is `attention`, `mlp`, `layernorm` (all, with ln_f), `trunk`, a unit of either granularity, or several
+    joined by `+`. Raises UserError naming the nearest valid groups.
     """
     chosen = {name for part in group.split("+") for name in _parameters_of_one(part, architecture)}
     return tuple(name for name in trunk_parameters(architecture) if name in chosen)

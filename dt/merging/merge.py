@@ -83,7 +83,9 @@ def _identity(policy: Policy, names: Sequence[str], _seed: int) -> dict[str, Ten
 def _removed(policy: Policy, names: Sequence[str], _seed: int) -> dict[str, Tensor]:
     projections = [name for name in names if ".c_proj." in name]
     if not projections:
-        raise UserError("only attention and mlp sub-layers can be removed: name a group that holds their output projection")
+        raise UserError(
+            "only attention and mlp sub-layers can be removed: name a group that holds their output projection"
+        )
     return {name: torch.zeros_like(policy.trunk[name]) for name in projections}
 
 

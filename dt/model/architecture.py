@@ -10,7 +10,7 @@ Activation = Literal["relu", "gelu_new", "geglu"]
 
 
 class Architecture(Frozen):
-    """Sizes of the trunk and of what feeds it. The paper's base model is the default: 128 wide, 3 layers, 1 head (§V)."""
+    """Sizes of the trunk and of what feeds it. The default is the paper's: 128 wide, 3 layers, 1 head (§V)."""
 
     width: int = Field(128, gt=0)
     layers: int = Field(3, gt=0)

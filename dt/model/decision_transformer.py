@@ -14,11 +14,13 @@ from dt.model.policy import Policy
 from dt.model.trunk import LAYER_NORM_EPS, Trunk
 from dt.tasks import Task, get_task
 
-STATE_TOKENS = slice(1, None, 3)  # tokens run (return-to-go, state, action) per time step; actions are read at the states
+STATE_TOKENS = slice(
+    1, None, 3
+)  # tokens run (return-to-go, state, action) per time step; actions are read at the states
 
 
 class Head(nn.Module):
-    """Everything whose shape belongs to a task: embeddings, their layer norm, the time-step table, the action predictor.
+    """All whose shape belongs to a task: embeddings, their layer norm, the time-step table, the action predictor.
 
     Differs from the original: `predict_state` and `predict_return`, which no loss ever trains, are left out; the state
     statistics and the data's best return live here as buffers, so that a policy carries all that acting needs.
@@ -83,7 +85,9 @@ class DecisionTransformer(nn.Module):
         def snapshot(module: nn.Module) -> dict[str, Tensor]:
             return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
-        return Policy(self.architecture, snapshot(self.trunk), {name: snapshot(head) for name, head in self.heads.items()})
+        return Policy(
+            self.architecture, snapshot(self.trunk), {name: snapshot(head) for name, head in self.heads.items()}
+        )
 
     @classmethod
     def from_policy(cls, policy: Policy, dropout: float = 0.0) -> DecisionTransformer:

@@ -91,7 +91,9 @@ def load_policy(path: Path) -> Policy:
             architecture = Architecture.model_validate_json(header["architecture"])
             return _unflat({name: file.get_tensor(name) for name in file.keys()}, architecture)  # noqa: SIM118
     except (SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is truncated or corrupt ({error}): delete it and run the same command again") from error
+        raise UserError(
+            f"{path} is truncated or corrupt ({error}): delete it and run the same command again"
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
-    """The MLP's non-linearity, in place where it can be; GEGLU halves the last axis: gelu(gate)·value (Shazeer 2020)."""
+    """The MLP's non-linearity, in place if it can be; GEGLU halves the last axis: gelu(gate)·value (Shazeer 2020)."""
     if activation == "relu":
         return F.relu(hidden, inplace=True)
     if activation == "gelu_new":
@@ -52,7 +52,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, blocked: Tensor, read: slice) -> Tensor:
         """x (B, T, d), blocked (B, 1, T, T) additive → (B, len(read), d), for the queries in `read` only."""
-        queries, keys, values = (self._split(part) for part in self.c_attn(x).chunk(3, dim=-1))  # (B, heads, T, d/heads)
+        queries, keys, values = (
+            self._split(part) for part in self.c_attn(x).chunk(3, dim=-1)
+        )  # (B, heads, T, d/heads)
         scores = queries[:, :, read] @ keys.transpose(-1, -2) * (1 / math.sqrt(queries.shape[-1]))
         weights = F.softmax(scores + blocked[:, :, read], dim=-1)
         mixed = F.dropout(weights, self.dropout, self.training) @ values

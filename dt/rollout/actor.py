@@ -28,14 +28,14 @@ from dt.training.optimisation import Precision
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Multiplications under which oneDNN declines a product, which then goes to a kernel whose sums depend on the batch size.
+# Multiplications under which oneDNN declines a product; it then goes to a kernel whose sums depend on the batch size.
 _SMALL = 16**3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The weights of P policies side by side. Each layer norm's affine part is folded into the linear map that follows it.
+    """The weights of P policies side by side. Each layer norm's affine part is folded into the linear map after it.
 
     blocks: per layer, `c_attn` (P, d, 3d) etc. with biases (P, 1, ·), in the precision of the products;
     head: embeddings and statistics (P, …) in float32.
@@ -51,7 +51,9 @@ class Stack:
         architecture = policies[0].architecture
         for policy in policies:
             if policy.architecture != architecture:
-                raise UserError(f"evaluated together, policies need one architecture: {policy.architecture}, {architecture}")
+                raise UserError(
+                    f"evaluated together, policies need one architecture: {policy.architecture}, {architecture}"
+                )
             if task.name not in policy.heads:
                 raise UserError(f"the policy has no head for {task.name}: its heads are {', '.join(policy.heads)}")
 
@@ -145,12 +147,14 @@ class Actor:
             hidden = activate(_linear(_norm(x), block, "c_fc"), stack.architecture.activation)
             x = x + _linear(hidden, block, "mlp.c_proj")
         features = _norm(x[:, :, 0].float())
-        self._last_action = torch.tanh(_small_product(features, stack.head["predict.weight"]) + stack.head["predict.bias"])
+        self._last_action = torch.tanh(
+            _small_product(features, stack.head["predict.weight"]) + stack.head["predict.bias"]
+        )
         self._time += 1
         return self._last_action
 
     def _push(self, observations: Tensor, returns_to_go: Tensor, now: int) -> None:
-        """Embed the three tokens that are new: the last action, the return-to-go and the state; the oldest step goes."""
+        """Embed the three new tokens: the last action, the return-to-go and the state; the oldest step goes."""
         head, context = self._stack.head, self._stack.architecture.context
         states = (observations - head["state_mean"]) / head["state_std"]
         modalities = (

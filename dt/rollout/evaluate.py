@@ -46,7 +46,9 @@ def evaluate(
     Raises UserError for no policies, no episodes, or a policy without a head for the task.
     """
     if not policies or episodes < 1:
-        raise UserError(f"nothing to evaluate: {len(policies)} policies × {episodes} episodes (both must be at least 1)")
+        raise UserError(
+            f"nothing to evaluate: {len(policies)} policies × {episodes} episodes (both must be at least 1)"
+        )
     stack = Stack.of(policies, task, precision)
     seeds = np.arange(seed, seed + episodes, dtype=np.int64)
     physics = make_physics(task, len(policies) * episodes)

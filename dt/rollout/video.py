@@ -29,7 +29,7 @@ def record_video(
     size: tuple[int, int] = (320, 240),
     target_return: float | Literal["best"] = "best",
 ) -> float:
-    """Roll one episode out and write every `every`-th frame (width, height) to `path` (.webp). Returns its return so far.
+    """Roll one episode out, write every `every`-th frame (width, height) to `path` (.webp), give its return so far.
 
     Raises UserError where MuJoCo can make no OpenGL context (on Linux without a display it needs EGL or OSMesa).
     """

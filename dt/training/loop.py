@@ -1,4 +1,4 @@
-"""Training one single-task Decision Transformer; everything that decides the next step is in the state that is saved."""
+"""Training one single-task Decision Transformer; all that decides the next step is in the state that is saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dt.tasks import Task
 from dt.training.optimisation import Optimisation
 
 
-class NotFiniteLoss(UserError):
+class NotFiniteLossError(UserError):
     """The loss became NaN or infinite."""
 
 
@@ -58,10 +58,10 @@ def train(
     log_every: int = 50,
     device: str = "cpu",
 ) -> Iterator[TrainingState]:
-    """Train from a random initialisation, or on from a saved state; yields the state every `log_every` steps and at the end.
+    """Train from a random initialisation or a saved state; yields the state every `log_every` steps and at the end.
 
     A resumed run is bit for bit the uninterrupted one (same device, library versions and thread count).
-    Raises UserError for data of another shape, NotFiniteLoss when the loss is no number.
+    Raises UserError for data of another shape, NotFiniteLossError when the loss is no number.
     """
     trajectories.validate(task)
     state = TrainingState(task, trajectories, architecture, optimisation, seed, device)
@@ -122,7 +122,7 @@ class TrainingState:
         return self._model.policy()
 
     def advance(self, steps: int) -> None:
-        """Take that many optimiser steps; `metrics` then holds their mean loss, the last gradient norm and rate, seconds."""
+        """Take that many steps; `metrics` then holds their mean loss, the last gradient norm and rate, seconds."""
         began, losses = time.perf_counter(), 0.0
         with _forked_rng(self.device):
             _set_rng_state(self.device, self._random)
@@ -138,13 +138,15 @@ class TrainingState:
         }
 
     def _update(self) -> float:
-        batch = Batch(*(part.to(self.device) for part in self._windows.sample(self.optimisation.batch_size, self._sampler)))
+        batch = Batch(
+            *(part.to(self.device) for part in self._windows.sample(self.optimisation.batch_size, self._sampler))
+        )
         low_precision = self.optimisation.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low_precision):
             loss = action_loss(self._model(self.task.name, batch), batch)
         value = loss.item()
         if not math.isfinite(value):
-            raise NotFiniteLoss(
+            raise NotFiniteLossError(
                 f"the loss of {self.task.name} became {value} at step {self.step + 1}: lower the learning rate "
                 f"(now {self.optimisation.learning_rate:g}) or lengthen the warm-up; the last good checkpoint is kept"
             )
@@ -175,7 +177,9 @@ class TrainingState:
                 header = file.metadata() or {}
                 for key, value in self._identity.items():
                     if header.get(key) != value:
-                        raise UserError(f"{path} is a checkpoint of another {key}: {header.get(key)} instead of {value}")
+                        raise UserError(
+                            f"{path} is a checkpoint of another {key}: {header.get(key)} instead of {value}"
+                        )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"the checkpoint {path} cannot be read ({error}): delete it to start over") from error

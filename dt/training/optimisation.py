@@ -10,7 +10,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Optimisation(Frozen):
-    """How a policy is trained. The defaults are the paper's recipe (§V and the original code): 100k steps at lr 1e-4."""
+    """How a policy is trained. The defaults are the paper's (§V and the original code): 100k steps at lr 1e-4."""
 
     steps: int = Field(100_000, gt=0)
     batch_size: int = Field(64, gt=0)  # windows a step

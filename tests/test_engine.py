@@ -1,0 +1,222 @@
+"""The engine on a real Ray: its rows are those that the science gives without it."""
+
+import io
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from toy import ARCHITECTURE, OPTIMISATION, TASKS, evaluation, expert, merged, recording, sweep
+
+from dt.behaviour.record import record
+from dt.data.sources import load_recorded
+from dt.errors import UserError
+from dt.merging.merge import merge, perturb
+from dt.model.policy import Policy
+from dt.rollout.evaluate import evaluate
+from dt.scores import normalised_score
+from dt.tasks import get_task
+from dt.training.loop import train
+from orchestrator.engine import Settings, run, slots_for
+from orchestrator.recipes import Evaluate, Merge, Perturb, Train
+from orchestrator.rollouts import describe, jobs_of, realise
+from orchestrator.session import Session
+from orchestrator.store import Store
+from orchestrator.sweeps import lines_of
+from orchestrator.tables import Tables
+from orchestrator.training import LOG_EVERY
+
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Policy], dict[str, list[dict[str, float]]]]:
+    """The experts and their logs, trained in this process by the library alone."""
+    root, policies, logs = tmp_path_factory.mktemp("by_hand"), {}, {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for task in TASKS:
+        record(task, "medium", 3, 0, root)
+        data = load_recorded(task, "medium", 3, 0, root)
+        states = train(get_task(task), data, ARCHITECTURE, OPTIMISATION, 0, log_every=LOG_EVERY)
+        logs[task] = [dict(state.metrics) | {"state": state} for state in states]
+        policies[task] = logs[task][-1]["state"].policy()
+    torch.set_num_threads(threads)
+    return policies, logs
+
+
+def made_by_hand(recipe: Train | Merge | Perturb, experts: dict[str, Policy]) -> Policy:
+    if isinstance(recipe, Merge):
+        return merge([experts[source.task] for source in recipe.sources], recipe.group, recipe.alpha)
+    if isinstance(recipe, Perturb):
+        return perturb(experts[recipe.policy.task], recipe.group, recipe.how, recipe.seed)
+    return experts[recipe.task]
+
+
+def check_episodes(results: Path, asked: list[Evaluate], experts: dict[str, Policy]) -> None:
+    rows = Tables(results / "tables").read("episodes")
+    torch.set_num_threads(1)
+    for one in asked:
+        (episodes,) = evaluate(
+            [made_by_hand(one.policy, experts)], get_task(one.task), episodes=one.episodes, seed=one.seed
+        )
+        mine = rows.filter([value == one.id for value in rows["evaluation"].to_pylist()])
+        assert mine["return"].to_pylist() == episodes.returns.tolist()
+        assert mine["length"].to_pylist() == episodes.lengths.tolist()
+        assert mine["terminated"].to_pylist() == episodes.terminated.tolist()
+        assert mine["environment_seed"].to_pylist() == [100 + i for i in range(one.episodes)]
+        assert mine["score"].to_pylist() == normalised_score(get_task(one.task), episodes.returns).tolist()
+
+
+def test_trainings_are_bit_for_bit_the_library_s(finished, by_hand):
+    experts, logs = by_hand
+    store, tables = Store(finished), Tables(finished / "tables")
+    training = tables.read("training")
+    for task in TASKS:
+        stored = store.load_policy(expert(task)).arrays()
+        assert all(np.array_equal(stored[name], array) for name, array in experts[task].arrays().items())
+        rows = [row for row in training.to_pylist() if row["task"] == task]
+        for name in ("step", "loss", "gradient_norm", "learning_rate"):
+            assert [row[name] for row in rows] == [row[name] for row in logs[task]]
+    assert store.unfinished() == frozenset()
+
+
+def test_evaluations_are_bit_for_bit_the_library_s(finished, by_hand):
+    check_episodes(finished, sweep(), by_hand[0])
+
+
+def test_every_recipe_has_its_rows_once(finished):
+    tables = Tables(finished / "tables")
+    evaluations = {one.id for one in sweep()}
+    policies = {one.policy.id for one in sweep()}
+    trainings, recordings = {expert(task).id for task in TASKS}, {recording(task).id for task in TASKS}
+    assert tables.done("episodes") == evaluations
+    assert tables.done("policies") == policies | trainings
+    assert tables.done("training") == trainings
+    assert tables.done("runs") == evaluations | trainings | recordings
+    (counts,) = tables.query(
+        "SELECT DISTINCT trunk_parameters, head_parameters FROM policies WHERE task = 'hopper'"
+    ).to_pylist()
+    trunk = 2 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 + (16 * 64 + 64) + (64 * 16 + 16) + 2 * 16
+    head = (11 * 16 + 16) + (3 * 16 + 16) + (16 + 16) + 2 * 16 + 1000 * 16 + (16 * 3 + 3)
+    assert counts == {"trunk_parameters": trunk, "head_parameters": head}
+
+
+def test_what_is_done_is_not_done_again(finished):
+    files = {path: path.stat().st_mtime_ns for path in finished.glob("**/*") if path.is_file()}
+    out = io.StringIO()
+    plan = run(sweep(), Settings(results=finished), Console(file=out))
+    assert plan.empty
+    assert out.getvalue() == "nothing to compute: all 12 evaluations are stored\n"
+    assert files == {path: path.stat().st_mtime_ns for path in finished.glob("**/*") if path.is_file()}
+
+
+def test_a_failure_is_told_in_one_sentence_and_stops_nothing_else(finished, by_hand):
+    headless = evaluation(expert("hopper"), "walker2d")
+    diverging = evaluation(expert("hopper", learning_rate=1e30))
+    fine = evaluation(merged("layernorm", 0.5))
+    with pytest.raises(UserError) as told:
+        run([headless, diverging, fine], Settings(results=finished, threads=1), QUIET)
+    assert "\n" not in str(told.value)
+    assert str(told.value).startswith("the medium hopper policy of seed 0 failed: the loss of hopper became")
+    assert "1 more failed; 1 evaluations wait for a policy" in str(told.value)
+    check_episodes(finished, [fine], by_hand[0])
+    with pytest.raises(
+        UserError, match=f"the evaluation {headless.id} on walker2d of .* failed: the policy has no head"
+    ):
+        run([headless], Settings(results=finished), QUIET)
+
+
+def test_a_killed_rollout_worker_changes_no_number(finished, by_hand):
+    asked = [evaluation(merged("mlp+layernorm", alpha / 10), episodes=3) for alpha in range(1, 7)]
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def kill_one() -> None:
+        while not stop.wait(0.05):
+            if len(list((finished / "tables" / "episodes").glob("*.parquet"))) <= before:
+                continue
+            for process in Path("/proc").glob("[0-9]*"):
+                command = (process / "cmdline").read_bytes()
+                if command.startswith(b"ray::RolloutWorker") and _descends(int(process.name)):
+                    os.kill(int(process.name), signal.SIGKILL)
+                    killed.append(int(process.name))
+                    return
+
+    before = len(list((finished / "tables" / "episodes").glob("*.parquet")))
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        run(asked, Settings(results=finished), QUIET)
+    finally:
+        stop.set()
+        killer.join()
+    assert len(killed) == 1
+    check_episodes(finished, asked, by_hand[0])
+
+
+def _descends(pid: int) -> bool:
+    """Whether the process is one of this test's own Ray."""
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def test_a_folder_that_vanishes_with_a_job_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="give --results an absolute path that all nodes share"):
+        run(sweep(), Settings(results=Path("results")), QUIET)
+
+
+def test_lines_are_whole_alpha_grids_in_the_order_asked():
+    asked = sweep()
+    lines = lines_of(asked)
+    assert [len(line) for line in lines] == [1, 1, 3, 3, 1, 3]
+    assert [one for line in lines for one in line] == asked
+    shuffled = [*asked[::2], *asked[1::2]]
+    assert {frozenset(line) for line in lines_of(shuffled)} == {frozenset(line) for line in lines}
+    other_starts = evaluation(merged("attention", 0.25)).model_copy(update={"seed": 1})
+    assert len(lines_of([*asked, other_starts])) == len(lines) + 1
+    assert [one for job in jobs_of(lines[2]) for one in job] == list(lines[2])
+
+
+def test_policies_are_realised_recursively():
+    torch.manual_seed(0)
+    from test_store import fresh_policy
+
+    experts = {expert(task).id: fresh_policy(expert(task), seed) for seed, task in enumerate(TASKS)}
+    hopper, walker2d = experts.values()
+    recipe = Perturb(policy=merged("mlp", 0.25), group="attention", how="identity")
+    expected = perturb(merge([hopper, walker2d], "mlp", 0.25), "attention", "identity", 0)
+    made = realise(recipe, experts)
+    assert all(torch.equal(made.trunk[name], tensor) for name, tensor in expected.trunk.items())
+    assert describe(recipe) == (
+        "the medium hopper policy of seed 0 with the medium walker2d policy of seed 0 merged in mlp at alpha 0.25 "
+        "with identity attention"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "pending", "settings", "slots"),
+    [
+        (2, 0, 3, {}, (2, 1, 0.0)),
+        (2, 0, 1, {}, (1, 1, 0.0)),
+        (16, 0, 9, {}, (4, 4, 0.0)),
+        (16, 1, 9, {}, (4, 4, 0.25)),
+        (16, 1, 3, {}, (3, 4, 0.333)),
+        (64, 8, 3, {}, (3, 16, 1.0)),
+        (2, 0, 9, {"threads": 2}, (1, 2, 0.0)),
+        (8, 0, 9, {"training_slots": 3, "threads": 1}, (3, 1, 0.0)),
+    ],
+)
+def test_trainings_share_the_machine(cpus, gpus, pending, settings, slots):
+    shared = slots_for(pending, Settings(**settings), Session(True, cpus, gpus, cpus))
+    assert (shared.count, shared.threads, shared.gpu) == slots
+    assert shared.count * (shared.cpus + 0.01) <= cpus
+    assert shared.count * shared.gpu <= gpus
