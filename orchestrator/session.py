@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dt.errors import UserError
 
@@ -70,7 +72,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
                 _end_processes(folder)
         return
     try:
-        ray.init(address=where, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
@@ -90,7 +92,7 @@ def _start(folder: Path, cpus: int | None) -> None:
     """
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
@@ -101,7 +103,8 @@ def _start(folder: Path, cpus: int | None) -> None:
     while time.monotonic() < deadline:
         for port in folder.glob("session_*/gcs_server_port_*"):
             with suppress(Exception):
-                ray.init(address=f"{ray.util.get_node_ip_address()}:{port.read_text().strip()}", **quiet)
+                here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+                ray.init(address=f"{here}:{port.read_text().strip()}", **quiet)
                 return
         time.sleep(1)
     said = str(reason).strip().splitlines()[0]
@@ -144,7 +147,7 @@ def check_visible(folder: Path) -> None:
                 return error.strerror or str(error)
             return found
 
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         answers = ray.get([sees.options(scheduling_strategy=where).remote(mark.name) for where in on], timeout=300)
     blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if answer != secret]
@@ -158,7 +161,7 @@ def check_visible(folder: Path) -> None:
 def _session(*, embedded: bool) -> Session:
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     addable = [] if embedded else _addable_nodes()
     counted = [*((node, 1) for node in nodes), *addable]
     return Session(
@@ -192,7 +195,7 @@ def _authenticate(*, new_cluster: bool) -> None:
     if new_cluster and not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         _make_token()
     if "ray" in sys.modules:  # it read the mode when it was imported, and reads it again as its own switch makes it do
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]
 
         Config.initialize("")
 

@@ -42,7 +42,7 @@ def sweep(
     experts = {train.id: train for evaluation in evaluations for train in trained(evaluation.policy)}
     # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
     weights = {train.id: (train, ray.put(store.load_policy(train).arrays())) for train in experts.values()}
-    pool = RolloutPool.remote(weights)
+    pool = RolloutPool.remote(weights)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
     lines = lines_of(evaluations)
     failures: list[Failure] = []

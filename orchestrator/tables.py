@@ -355,7 +355,7 @@ def _keys(rows: pa.Table, spec: TableSpec) -> frozenset[str]:
 def _parquet(rows: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def _check_ends(path: Path) -> None:

@@ -160,7 +160,7 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
     work = _Work(**config["work"])
     recipe = Train.model_validate_json(work.recipe)
     trainer = TorchTrainer(
-        _train_worker,
+        _train_worker,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config=config["work"],
         scaling_config=ScalingConfig(
             num_workers=1, use_gpu=gpu > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpu} if gpu > 0 else {})
@@ -173,7 +173,7 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
         ),
     )
     try:
-        error = trainer.fit().return_value
+        error = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as failure:
         causes = getattr(failure, "worker_failures", {})
         error = explain(next(iter(causes.values()), failure))

@@ -14,7 +14,7 @@ from ray.tune import Callback
 TRIAL_RESOURCES = {"CPU": 0.01}
 
 
-class _Writer(Callback):  # type: ignore[misc]
+class _Writer(Callback):
     """Passes on what trials report, in the driver. Tune's log line for an error in here would hide it: it is kept."""
 
     def __init__(self, on_report: Callable[[dict[str, Any]], None]) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from dt.scores import normalised_score
 from dt.tasks import get_task
 from dt.training.loop import train
 from orchestrator.engine import Settings, run, slots_for
+from orchestrator.progress import phase
 from orchestrator.recipes import Evaluate, Merge, Perturb, Train
 from orchestrator.rollouts import describe, jobs_of, realise
-from orchestrator.session import Session
+from orchestrator.rows import parameter_counts, run_row
+from orchestrator.session import Session, _authenticate
 from orchestrator.store import Store
 from orchestrator.sweeps import lines_of
 from orchestrator.tables import Tables
@@ -220,3 +223,47 @@ def test_trainings_share_the_machine(cpus, gpus, pending, settings, slots):
     assert (shared.count, shared.threads, shared.gpu) == slots
     assert shared.count * (shared.cpus + 0.01) <= cpus
     assert shared.count * shared.gpu <= gpus
+
+
+def test_a_training_killed_just_before_its_commit_is_committed_by_the_next_run(tmp_path, by_hand):
+    store, recipe = Store(tmp_path), expert("hopper")
+    (policy, metrics), began = (by_hand[0]["hopper"], by_hand[1]["hopper"]), datetime.now(UTC)
+    rows = [{name: row[name] for name in row if name != "state"} for row in metrics]
+    run_of_it = run_row(recipe, began, 1.0, threads=1, precision="float32")
+    store.save_trained(
+        recipe, policy, {"metrics": rows, "parameters": parameter_counts(policy, "hopper"), "run": run_of_it}
+    )
+    assert run([recipe], Settings(results=tmp_path), QUIET).empty  # without Ray
+    tables = Tables(tmp_path / "tables")
+    assert tables.read("training")["loss"].to_pylist() == [row["loss"] for row in rows]
+    assert tables.done("policies") == tables.done("runs") == {recipe.id}
+    assert store.unfinished() == frozenset()
+    assert store.has_policy(recipe)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then():
+    out = io.StringIO()
+    with phase(Console(file=out), "evaluations", 40, "policies") as shown:
+        for _ in range(40):
+            shown.advance()
+    assert out.getvalue().splitlines() == ["evaluations: 40 policies", "evaluations: 40 of 40 policies in 0 s"]
+
+
+def test_the_token_is_made_for_its_owner_alone(tmp_path, monkeypatch):
+    """Ray's own would be readable for everyone on the machine."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _authenticate(new_cluster=True)
+    token = tmp_path / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o077 == 0
+    first = token.read_text()
+    assert len(first) == 64
+    _authenticate(new_cluster=True)
+    assert token.read_text() == first
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/no/home")
+    _authenticate(new_cluster=True)
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
