@@ -50,7 +50,8 @@ class Head(nn.Module):
             self.embed_action(batch.actions),
         )
         tokens = torch.stack(modalities, dim=2)  # (B, K, 3, d)
-        return (self.embed_ln(tokens) + self.embed_timestep(batch.timesteps)[:, :, None]).flatten(1, 2)
+        embedded: Tensor = self.embed_ln(tokens) + self.embed_timestep(batch.timesteps)[:, :, None]
+        return embedded.flatten(1, 2)
 
     def act(self, features: Tensor) -> Tensor:
         """Trunk output at state tokens (…, d) → actions (…, A) in (−1, 1)."""

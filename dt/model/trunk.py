@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -92,7 +92,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, blocked: Tensor, read: slice = slice(None)) -> Tensor:
         """(B, T, d) → (B, len(read), d)."""
         x = x[:, read] + self.attn(self.ln_1(x), blocked, read)
-        return x + self.mlp(self.ln_2(x))
+        y: Tensor = x + self.mlp(self.ln_2(x))
+        return y
 
 
 class Trunk(nn.Module):

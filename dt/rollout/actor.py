@@ -197,7 +197,7 @@ def _norm(x: Tensor) -> Tensor:
 def _linear(x: Tensor, block: Mapping[str, Tensor], name: str, columns: slice = slice(None)) -> Tensor:
     """(P, E, T, in) → (P, E, T, out) by each policy's own weights, in their precision."""
     weight, bias = block[f"{name}.weight"][..., columns], block[f"{name}.bias"][..., columns]
-    return torch.baddbmm(bias, x.flatten(1, 2), weight).unflatten(1, x.shape[1:3])
+    return torch.baddbmm(bias, x.flatten(1, 2), weight).reshape(*x.shape[:3], -1)
 
 
 def _split(qkv: Tensor, read: slice) -> tuple[Tensor, Tensor]:
@@ -217,14 +217,14 @@ def _attend(queries: Tensor, keys_values: Tensor, blocked: Tensor, heads: int) -
     """Queries (P, E, Q, d), keys and values (P, E, T, 2d) → (P, E, Q, d), the same bits whatever P and E."""
 
     def split(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)  # (P·E, heads, ·, d/heads)
+        return x.reshape(-1, x.shape[2], heads, x.shape[3] // heads).transpose(1, 2)  # (P·E, heads, ·, d/heads)
 
     q, (k, v) = split(queries), map(split, keys_values.chunk(2, dim=-1))
     if q[0, 0].numel() * k.shape[2] < _SMALL:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked)
     else:
         mixed = F.softmax(q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1])) + blocked, dim=-1) @ v
-    return mixed.transpose(1, 2).flatten(2).unflatten(0, queries.shape[:2])
+    return mixed.transpose(1, 2).reshape(queries.shape)
 
 
 @contextmanager
@@ -242,4 +242,4 @@ def fast_float32() -> AbstractContextManager[None]:
 
     Its products also do not depend on the number of rows, so a policy gets the same bits in whatever company.
     """
-    return nullcontext() if torch.cpu._is_amx_tile_supported() else _medium()  # type: ignore[no-untyped-call]
+    return nullcontext() if torch.cpu._is_amx_tile_supported() else _medium()
