@@ -103,7 +103,8 @@ def run(
     compute(chosen, setting, Store(results), address, workers)
     show_answers(chosen, setting, Store(results))
     options = repeat_options(profile, data, seeds, results)
-    console.print(f"rows: {results / 'tables'}    figures and tables: mergedt report {' '.join(names)} {options}")
+    console.print(f"rows:    {results / 'tables'}", soft_wrap=True, highlight=False)
+    console.print(f"figures: mergedt report {' '.join(names)} {options}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -242,7 +243,8 @@ def report(
 
     setting, chosen = setting_of(profile, data, seeds, results), experiments_of(names or ["all"])
     folder = output or results / "report"
-    console.print(write_report(chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results)))
+    path = write_report(chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results))
+    console.print(str(path), soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The options that commands share, what they mean, and how mistakes in them are told."""
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,16 @@ from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.profiles import get_profile
 
-console = Console()
-log = Console(stderr=True)
+_LOG_WIDTH = 160  # of a table in a log or a pipe, where there is no terminal whose width to take
+
+
+def _console(stderr: bool) -> Console:
+    there = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if there else _LOG_WIDTH)
+
+
+console = _console(stderr=False)
+log = _console(stderr=True)
 
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="The budget: see `mergedt list`.")]
 ResultsOption = Annotated[

@@ -43,7 +43,9 @@ def _bytes(rows: pa.Table, form: str) -> bytes:
 
 
 def _rich(rows: pa.Table) -> RichTable:
-    table = RichTable(*rows.column_names)
+    table = RichTable()
+    for name in rows.column_names:
+        table.add_column(name, overflow="fold")  # a narrow terminal breaks a value, it does not hide it
     for row in rows.to_pylist():
         table.add_row(*(_cell(value) for value in row.values()))
     table.caption = f"{rows.num_rows} rows"

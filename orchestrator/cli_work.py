@@ -137,7 +137,7 @@ def show_answers(
         console.print(_table(each))
         if figure is not None and isinstance(each.experiment.show, Figure) and not each.missing:
             draw(each, each.experiment.show, figure)
-            console.print(f"figure: {figure}")
+            console.print(f"figure: {figure}", soft_wrap=True, highlight=False)
     return found
 
 
@@ -156,13 +156,19 @@ def _table(each: Answer) -> RichTable:
             table.add_row(claim.statement, observed, said)
         table.caption = f"{len(each.cells)} numbers: see `mergedt report`"
         return table
-    for name in (*labels, *(measure.replace("of_data", "of the data's mean return") for measure in measures), "n"):
+    for name in (
+        *labels,
+        *(measure.replace("of_data", "of the data's mean return") for measure in measures),
+        "episodes",
+        "seeds",
+    ):
         table.add_column(name)
     for cell in each.cells:
         table.add_row(
             *(spell(name, cell.labels[name]) for name in labels),
             *(number(cell.estimates.get(measure), measure) for measure in measures),
-            f"{cell.episodes} episodes, {cell.seeds} seed{'s' * (cell.seeds != 1)}",
+            str(cell.episodes),
+            str(cell.seeds),
         )
     table.caption = "mean [95 % bootstrap interval]"
     if each.missing:
@@ -203,8 +209,10 @@ def run_demo(store: Store, address: str | None, workers: int | None, profile: st
     if not movie.is_file():
         film(setting.evaluate(policy, target), store, movie, steps=300)
     at = "" if store.root == RESULTS.absolute() else f" --results {store.root}"
-    console.print(f"film:   {movie}: {target} with the mean of its own and {source}'s attention")
-    console.print(f"rows:   {store.tables}")
+    console.print(
+        f"film:   {movie}: {target} with the mean of its own and {source}'s attention", soft_wrap=True, highlight=False
+    )
+    console.print(f"rows:   {store.tables}", soft_wrap=True, highlight=False)
     console.print(f"\nThat took {_minutes(time.monotonic() - began)}. Try next:")
     for line in (
         f"mergedt sweep --target {target} --source {source} --group mlp --alpha 0,0.5,1 --profile {profile}{at}",

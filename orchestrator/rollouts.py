@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 Weights = Mapping[str, NDArray[np.float32]]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
 
-# One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy the
-# same bits in whatever company where oneDNN takes the products (see `dt.rollout.actor`), not for toy widths nor on every
-# machine; and on a CPU 25 episodes fill the caches: stacking 6 policies saved 15 % of the time at 10 episodes.
+# One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy
+# the same bits in whatever company where oneDNN takes the products (see `dt.rollout.actor`), but not for toy widths nor
+# on every machine; and on a CPU 25 episodes fill the caches: stacking 6 policies saved 15 % of the time at 10 episodes.
 POLICIES_PER_JOB = 1
 
 

@@ -87,38 +87,72 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
 def _start(folder: Path, cpus: int | None) -> None:
     """Start an embedded Ray.
 
-    Ray gives its node 30 seconds to come up. On a busy machine it needs more: what was started goes on starting, and is
-    joined when it is there.
+    Ray gives its node 30 seconds to come up. On a busy machine it needs more: as long as the node is still starting it
+    is waited for and then joined; if it gave up, another is started.
     """
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    try:
-        # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
-        return
-    except Exception as error:
-        reason = error
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        for port in folder.glob("session_*/gcs_server_port_*"):
-            with suppress(Exception):
-                here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-                ray.init(address=f"{here}:{port.read_text().strip()}", **quiet)
-                return
-        time.sleep(1)
-    said = str(reason).strip().splitlines()[0]
-    raise UserError(f"Ray does not start on this machine ({said}): when it is less busy, run the same command again")
+    while True:
+        try:
+            # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
+            with _lean_agents():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
+            return
+        except Exception as error:
+            reason = error
+        while time.monotonic() < deadline and any(b"raylet/raylet" in command for _, command in _processes(folder)):
+            for port in sorted(folder.glob("session_*/gcs_server_port_*"))[-1:]:
+                with suppress(Exception):
+                    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+                    ray.init(address=f"{here}:{port.read_text().strip()}", **quiet)
+                    return
+            time.sleep(1)
+        _end_processes(folder)
+        if time.monotonic() > deadline:
+            said = str(reason).strip().splitlines()[0]
+            raise UserError(
+                f"Ray does not start on this machine ({said}): when it is less busy, run the same command again"
+            ) from reason
+
+
+@contextmanager
+def _lean_agents() -> Iterator[None]:
+    """Let Ray believe that the dashboard's packages are missing: its agents then start in a third of the time.
+
+    They are needed by nothing here, and where they take over half a minute the node gives up. The switch is private to
+    Ray and put back; where it has gone, Ray starts as ever.
+    """
+    from ray._private import utils
+
+    switch = "get_dashboard_dependency_error"
+    former = getattr(utils, switch, None)
+    if former is not None:
+        setattr(utils, switch, lambda: "not wanted")
+    try:
+        yield
+    finally:
+        if former is not None:
+            setattr(utils, switch, former)
+
+
+def _processes(folder: Path) -> list[tuple[int, bytes]]:
+    """Id and command of the processes of the Ray that has its files in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            command = (process / "cmdline").read_bytes()
+            if str(folder).encode() in command:
+                found.append((int(process.name), command))
+    return found
 
 
 def _end_processes(folder: Path) -> None:
-    """End what is left of the Ray that has its files in `folder`: a failed start, and the detached actors of Train."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(folder).encode() in (process / "cmdline").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
-        except (OSError, ValueError):  # it ended by itself, or is not ours
-            continue
+    """End what is left of that Ray: of a start that failed, or the detached actors of Train."""
+    for pid, _ in _processes(folder):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def in_job() -> bool:

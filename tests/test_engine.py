@@ -1,8 +1,11 @@
 """The engine on a real Ray: its rows are those that the science gives without it."""
 
+import ast
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,12 +30,13 @@ from orchestrator.progress import phase
 from orchestrator.recipes import Evaluate, Merge, Perturb, Train
 from orchestrator.rollouts import describe, jobs_of, realise
 from orchestrator.rows import parameter_counts, run_row
-from orchestrator.session import Session, _authenticate
+from orchestrator.session import Session
 from orchestrator.store import Store
 from orchestrator.sweeps import lines_of
 from orchestrator.tables import Tables
 from orchestrator.training import LOG_EVERY
 
+ROOT = Path(__file__).parents[1]
 QUIET = Console(file=io.StringIO())
 
 
@@ -249,21 +253,23 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
     assert out.getvalue().splitlines() == ["evaluations: 40 policies", "evaluations: 40 of 40 policies in 0 s"]
 
 
-def test_the_token_is_made_for_its_owner_alone(tmp_path, monkeypatch):
-    """Ray's own would be readable for everyone on the machine."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    _authenticate(new_cluster=True)
-    token = tmp_path / ".ray" / "auth_token"
+def test_the_token_is_made_for_its_owner_alone(tmp_path):
+    """Ray's own would be readable for everyone on the machine. In another process: a Ray may be running in this one."""
+    code = "import os, orchestrator.session as s; s._authenticate(new_cluster=True); print(dict(os.environ))"
+
+    def authenticated(home: object) -> dict[str, str]:
+        environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return dict(ast.literal_eval(done.stdout))
+
+    environment, token = authenticated(tmp_path), tmp_path / ".ray" / "auth_token"
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_TOKEN" not in environment
     assert token.stat().st_mode & 0o077 == 0
     first = token.read_text()
     assert len(first) == 64
-    _authenticate(new_cluster=True)
+    authenticated(tmp_path)
     assert token.read_text() == first
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert "RAY_AUTH_TOKEN" not in os.environ
-    monkeypatch.setenv("HOME", "/proc/no/home")
-    _authenticate(new_cluster=True)
-    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    assert (
+        len(authenticated("/proc/no/home")["RAY_AUTH_TOKEN"]) == 64
+    )  # in many containers there is no home to write to
