@@ -21,13 +21,13 @@ Done = subprocess.CompletedProcess[str]
 ENVIRONMENT = {**os.environ, "COLUMNS": "200", "RAY_ADDRESS": ""}
 
 
-def mergedt(*arguments: str, cwd: Path = ROOT, timeout: float = 600) -> Done:
+def mergedt(*arguments: str, cwd: Path = ROOT, timeout: float = 1500) -> Done:
     command = [sys.executable, "-m", "orchestrator", *arguments]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
 
 
-def succeeded(*arguments: str, timeout: float = 600) -> Done:
+def succeeded(*arguments: str, timeout: float = 1500) -> Done:
     done = mergedt(*arguments, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done
@@ -133,7 +133,7 @@ def test_a_plan_counts_and_computes_nothing(tmp_path: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder after the demo's experiment at the smoke profile."""
     folder = tmp_path_factory.mktemp("line") / "results"
-    done = succeeded("run", "demo", "--profile", "smoke", "--results", str(folder), timeout=1200)
+    done = succeeded("run", "demo", "--profile", "smoke", "--results", str(folder))
     assert "2 recordings" in done.stderr
     return folder
 
@@ -226,12 +226,12 @@ def test_interrupted_says_that_it_resumes(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=180)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "interrupted; the same command resumes" in stderr
     assert "Traceback" not in stderr

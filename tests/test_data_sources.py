@@ -176,7 +176,7 @@ def test_without_network_it_takes_seconds_not_retries(tmp_path: Path, monkeypatc
     began = time.monotonic()
     with pytest.raises(UserError) as error:
         load_imported("mujoco/hopper/expert-v0", "hopper", tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # five retries with pauses take 35
     one_sentence(error, "127.0.0.1 cannot be reached", "connect to the internet")
 
 

@@ -16,7 +16,7 @@ from orchestrator.store import Store
 from orchestrator.tables import Tables
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 600.0  # seconds; a busy machine needs a minute to start Ray
+PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 
 
 def driver(results: Path) -> subprocess.Popen[str]:
@@ -46,8 +46,8 @@ def test_interrupted_in_training_killed_in_the_sweep_and_finished(finished, tmp_
     wait_for(lambda: all(list(store.training_path(expert(t)).glob("checkpoint_*/log.json")) for t in TASKS), first)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to everyone
     began = time.monotonic()
-    assert first.wait(60) == 130, first.stderr.read()
-    assert time.monotonic() - began < 30
+    assert first.wait(PATIENCE) == 130, first.stderr.read()
+    assert time.monotonic() - began < 120  # far less than what was left to do would take there
     interrupted = time.time()
     done = files(tmp_path)
     assert not tables.done("episodes")

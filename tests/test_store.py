@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
         except UserError as error:
             print(error)
     """
-    out, errors = python(code, tmp_path).communicate(timeout=120)
+    out, errors = python(code, tmp_path).communicate(timeout=600)
     assert "no space left to write" in out, errors
     assert "table.parquet" in out
     assert list(tmp_path.iterdir()) == []
