@@ -13,8 +13,7 @@ import pyarrow.dataset as pads
 from dt.errors import UserError
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Where
-from orchestrator.plan import trained
-from orchestrator.recipes import Dataset, Evaluate, Train
+from orchestrator.recipes import Dataset, Evaluate, Trained, dataset_of, origin
 from orchestrator.tables import Tables
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
@@ -29,6 +28,7 @@ class Cell:
     estimates: Mapping[Measure, Sample]  # only what could be computed
     episodes: int
     seeds: int
+    size: float | None = None  # transformer size, as the paper counts it; None where it differs among the points
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Answer:
     points: tuple[Point, ...]
     rows: Mapping[str, tuple[list[float], list[float]]]  # evaluation → its episodes' returns and scores
     data_return: DataReturn
+    sizes: Mapping[str, float | None]  # policy → transformer size; not of all, in tables of older versions
 
     @cached_property
     def asked(self) -> frozenset[str]:
@@ -66,6 +67,7 @@ class Answer:
                 estimates=self._estimates(points),
                 episodes=sum(len(self.rows[point.evaluation.id][0]) for point in points),
                 seeds=len({point.labels.get("seed", 0) for point in points}),
+                size=self._size(points),
             )
             for key, points in groups.items()
         )
@@ -84,6 +86,10 @@ class Answer:
         if total is None or not total.finite:
             return None
         return total, verdict(total.interval, claim)
+
+    def _size(self, points: Sequence[Point]) -> float | None:
+        sizes = {self.sizes.get(point.evaluation.policy.id) for point in points}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def _estimates(self, points: Sequence[Point]) -> dict[Measure, Sample]:
         measures: set[Measure] = {"return", "score", "retention", self.experiment.show.value}
@@ -106,7 +112,7 @@ class Answer:
                 before = baseline(evaluation)
                 return self._mean(evaluation, 1) / self._mean(before, 1) if before.id in self.rows else None
             case "of_data":
-                of_data = self.data_return(_target(evaluation).dataset)
+                of_data = self.data_return(dataset_of(_target(evaluation), evaluation.task))
                 return None if of_data is None else self._mean(evaluation, 0) / constant(of_data)
 
     def _mean(self, evaluation: Evaluate, column: int) -> Sample:
@@ -130,7 +136,12 @@ def answers(
         returns, scores = rows.setdefault(row["evaluation"], ([], []))
         returns.append(row["return"])
         scores.append(row["score"])
-    return [Answer(experiment, setting, points[experiment.name], rows, data_return) for experiment in experiments]
+    policies = {point.evaluation.policy.id for some in points.values() for point in some}
+    known = tables.dataset("policies").to_table(
+        columns=["policy", "transformer_size"], filter=among("policy", policies)
+    )
+    sizes = dict(zip(known["policy"].to_pylist(), known["transformer_size"].to_pylist(), strict=True))
+    return [Answer(each, setting, points[each.name], rows, data_return, sizes) for each in experiments]
 
 
 def among(column: str, ids: Iterable[str]) -> pads.Expression:
@@ -143,8 +154,8 @@ def baseline(evaluation: Evaluate) -> Evaluate:
     return evaluation.model_copy(update={"policy": _target(evaluation)})
 
 
-def _target(evaluation: Evaluate) -> Train:
-    return next(trained(evaluation.policy))
+def _target(evaluation: Evaluate) -> Trained:
+    return origin(evaluation.policy, evaluation.task)
 
 
 def shown_labels(experiment: Experiment) -> tuple[str, ...]:

@@ -14,9 +14,11 @@ from orchestrator.cli_options import (
     AddressOption,
     Courteous,
     DataOption,
+    InitOption,
     ProfileOption,
     ResultsOption,
     SeedsOption,
+    TextOption,
     WorkersOption,
     console,
     experiments_of,
@@ -25,7 +27,7 @@ from orchestrator.cli_options import (
     setting_of,
 )
 from orchestrator.data_choice import RECORDED
-from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, experiments, merged
+from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, experiments, get_experiment, merged
 from orchestrator.profiles import PROFILES
 from orchestrator.recipes import Merge, Quality, Train
 from orchestrator.store import Store
@@ -78,11 +80,13 @@ def plan(
     results: ResultsOption = RESULTS,
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
+    init: InitOption = None,
+    text: TextOption = None,
 ) -> None:
     """What a run would compute, how long it may take, and what is already there."""
     from orchestrator.cli_work import show_plan
 
-    setting = setting_of(profile, data, seeds, results)
+    setting = setting_of(profile, data, seeds, results, init, text)
     show_plan([point for each in experiments_of(names) for point in each.points(setting)], Store(results))
 
 
@@ -93,16 +97,18 @@ def run(
     results: ResultsOption = RESULTS,
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
+    init: InitOption = None,
+    text: TextOption = None,
     address: AddressOption = None,
     workers: WorkersOption = None,
 ) -> None:
     """Compute experiments; what is already there is not computed again."""
     from orchestrator.cli_work import compute, show_answers
 
-    setting, chosen = setting_of(profile, data, seeds, results), experiments_of(names)
+    setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names)
     compute(chosen, setting, Store(results), address, workers)
     show_answers(chosen, setting, Store(results))
-    options = repeat_options(profile, data, seeds, results)
+    options = repeat_options(profile, data, seeds, results, init, text)
     console.print(f"rows:    {results / 'tables'}", soft_wrap=True, highlight=False)
     console.print(f"figures: mergedt report {' '.join(names)} {options}", soft_wrap=True, highlight=False)
 
@@ -155,6 +161,35 @@ def sweep(
     )
     compute([asked], setting, Store(results), address, workers, declare=False)
     show_answers([asked], setting, Store(results), figure)
+
+
+@app.command()
+def search(
+    name: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="One with coefficients, as `regularisation`.")],
+    trials: Annotated[int, typer.Option("--trials", min=1)] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Trials asked for, and run, at once.")] = 4,
+    sampler: Annotated[str, typer.Option("--sampler", help="Of Optuna: tpe, random or nsga2.")] = "tpe",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampler.")] = 0,
+    each: Annotated[
+        bool, typer.Option("--each", help="Keep every target's retention an objective of its own.")
+    ] = False,
+    profile: ProfileOption = "laptop",
+    results: ResultsOption = RESULTS,
+    data: DataOption = RECORDED,
+    seeds: SeedsOption = None,
+    init: InitOption = None,
+    text: TextOption = None,
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Search an experiment's coefficients with Optuna instead of running its whole grid; resumes from the tables."""
+    from orchestrator.cli_work import show_search
+
+    setting = setting_of(profile, data, seeds, results, init, text)
+    show_search(
+        get_experiment(name), setting, Store(results), address, workers,
+        trials=trials, batch=batch, sampler=sampler, seed=seed, objectives="each" if each else "mean",
+    )  # fmt: skip
 
 
 def _check_tasks(*tasks: str) -> None:
@@ -228,12 +263,39 @@ def policies(results: ResultsOption = RESULTS) -> None:
 
 
 @app.command()
+def export(
+    policy: Annotated[str, typer.Argument(help="Id, or the beginning of one: see `mergedt policies`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, .safetensors.")],
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Write a policy, merged or assembled as its recipe says, to one file of its own."""
+    from orchestrator.cli_work import export_policy
+
+    export_policy(policy, Store(results), output)
+
+
+@app.command()
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A policy that `mergedt export` wrote.")],
+    task: Annotated[list[str] | None, typer.Option("--task", help="Default: all that it has heads for.")] = None,
+    episodes: Annotated[int, typer.Option("--episodes", min=1)] = 25,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first episode's start.")] = 1_000_000,
+) -> None:
+    """Roll out a policy from its file alone."""
+    from orchestrator.cli_work import evaluate_file
+
+    evaluate_file(file, task, episodes, seed)
+
+
+@app.command()
 def report(
     names: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT]...", help="By name; default: all.")] = None,
     profile: ProfileOption = "laptop",
     results: ResultsOption = RESULTS,
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
+    init: InitOption = None,
+    text: TextOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: report/ under the results.")
     ] = None,
@@ -241,9 +303,11 @@ def report(
     """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
     from orchestrator.report import write_report
 
-    setting, chosen = setting_of(profile, data, seeds, results), experiments_of(names or ["all"])
+    setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names or ["all"])
     folder = output or results / "report"
-    path = write_report(chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results))
+    path = write_report(
+        chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results, init, text)
+    )
     console.print(str(path), soft_wrap=True, highlight=False)
 
 

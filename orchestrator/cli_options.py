@@ -48,6 +48,15 @@ AddressOption = Annotated[
 ]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Rollout actors; default: one a core.")]
 
+InitOption = Annotated[
+    str | None,
+    typer.Option("--init", help="GPT-2 of others that policies begin as in Table III: a Hugging Face folder or id."),
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text", help="What language models are pre-trained on: a folder, or hf:<dataset>/<configuration>."),
+]
+
 RESULTS = Path("results")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -104,9 +113,11 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise UserError(f"{option} takes whole numbers separated by commas, as in 0,1,2: {text!r} given") from None
 
 
-def setting_of(profile: str, data: str, seeds: str | None, results: Path) -> Setting:
+def setting_of(
+    profile: str, data: str, seeds: str | None, results: Path, init: str | None = None, text: str | None = None
+) -> Setting:
     """The setting that the options describe."""
-    chosen = get_profile(profile)
+    chosen = get_profile(profile).begun_as(init, text)
     if seeds is not None:
         chosen = chosen.with_seeds(integers(seeds, "--seeds"))
     return Setting(chosen, choose_data(data, results / "datasets"))
@@ -122,9 +133,12 @@ def _all() -> list[str]:
     return [name for name in experiments() if name != "demo"]
 
 
-def repeat_options(profile: str, data: str, seeds: str | None, results: Path) -> str:
+def repeat_options(
+    profile: str, data: str, seeds: str | None, results: Path, init: str | None = None, text: str | None = None
+) -> str:
     """The options that give the same setting again, for sentences that say what to run."""
     options = [f"--profile {profile}"]
     options += [f"--data '{data}'"] * (data != RECORDED) + [f"--seeds {seeds}"] * (seeds is not None)
+    options += [f"--init {init}"] * (init is not None) + [f"--text {text}"] * (text is not None)
     options += [f"--results {results}"] * (results != RESULTS)
     return " ".join(options)

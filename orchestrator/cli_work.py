@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table as RichTable
 
 from dt.behaviour.policy import load_behaviour_policy
-from dt.errors import UserError
+from dt.errors import UserError, unknown
 from dt.tasks import get_task
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
@@ -18,12 +18,14 @@ from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.declarations import declare_experiment, declare_paper
 from orchestrator.engine import Settings
 from orchestrator.engine import run as run_engine
+from orchestrator.estimates import sample_mean
 from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting, get_experiment, merged
 from orchestrator.figures import draw, spell
-from orchestrator.plan import Plan, make_plan, parts, trained
+from orchestrator.plan import Plan, datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
-from orchestrator.recipes import Evaluate, Recipe, Recording
+from orchestrator.recipes import Artefact, Evaluate, Recipe, Recording, closure, ingredients, read_policy
 from orchestrator.report import data_return, number
+from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
@@ -52,7 +54,7 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
         f"{planned.recorded_episodes:,} episodes",
         planned.stored_recordings,
     )
-    line("trainings", "train", len(planned.trainings), f"{planned.gradient_steps:,} steps", planned.stored_trainings)
+    line("trainings", "train", len(planned.trainings), f"{planned.gradient_steps:,} steps", planned.stored_artefacts)
     line(
         "evaluations",
         "evaluate",
@@ -116,10 +118,9 @@ def compute(
 def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
     """Run what these recipes need. Raises UserError, before anything starts, for data that nobody can record."""
     datasets = [recipe for recipe in recipes if isinstance(recipe, Recording)]
-    evaluated = [recipe for recipe in recipes if isinstance(recipe, Evaluate)]
-    datasets += [
-        train.dataset for e in evaluated for train in trained(e.policy) if isinstance(train.dataset, Recording)
-    ]
+    behind = {part.id: part for recipe in recipes for part in ingredients(recipe)}
+    artefacts = [recipe for recipe in closure(behind.values()).values() if isinstance(recipe, Artefact)]
+    datasets += [dataset for dataset in datasets_of(artefacts) if isinstance(dataset, Recording)]
     for task, quality in {(part.task, part.quality) for dataset in set(datasets) for part in parts(dataset)}:
         load_behaviour_policy(task, quality)
     run_engine(recipes, Settings(results=store.root, address=address, rollout_workers=workers), log)
@@ -176,20 +177,96 @@ def _table(each: Answer) -> RichTable:
     return table
 
 
+def show_search(
+    experiment: Experiment,
+    setting: Setting,
+    store: Store,
+    address: str | None,
+    workers: int | None,
+    *,
+    trials: int,
+    batch: int,
+    sampler: str,
+    seed: int,
+    objectives: Objectives,
+) -> None:
+    """Search, then print the trials and the best of them on starts that none has seen."""
+    settings = Settings(results=store.root, address=address, rollout_workers=workers)
+    outcome = run_search(
+        experiment, setting, store, settings, data_return(store), log,
+        trials=trials, batch=batch, sampler=sampler, seed=seed, objectives=objectives,
+    )  # fmt: skip
+    for title, found in (("Trials", ranked(outcome.trials)), ("The best, on new starts", list(outcome.best))):
+        table = RichTable("trial", *found[0].parameters, *found[0].values, title=title, title_justify="left")
+        for trial in found:
+            values = (number(sample, "retention") for sample in trial.values.values())
+            table.add_row(str(trial.number), *(str(value) for value in trial.parameters.values()), *values)
+        table.caption = "retention: mean [95 % bootstrap interval]"
+        console.print(table)
+
+
+# --- single policies -----------------------------------------------------------------------
+
+
+def export_policy(prefix: str, store: Store, output: Path) -> None:
+    """Make the policy of that id from the store and write it. Raises UserError on an unknown or ambiguous id."""
+    from dt.model.policy import save_policy
+    from dt.model.size import size_of
+    from orchestrator.making import from_store, realise
+
+    rows = Tables(store.tables).dataset("policies").to_table(columns=["policy", "recipe"]).to_pylist()
+    found = [row for row in rows if row["policy"].startswith(prefix)]
+    if len(found) != 1:
+        known = [row["policy"] for row in (found or rows)]
+        raise (
+            unknown("policy", prefix, known)
+            if not found
+            else UserError(
+                f"{len(found)} policies begin with {prefix}: give more of the id ({', '.join(known[:5])}, …)"
+            )
+        )
+    recipe = read_policy(found[0]["recipe"])
+    policy = realise(recipe, from_store(recipe, store))
+    save_policy(policy, output, {"recipe": recipe.canonical_json(), "recipe_id": recipe.id})
+    size = size_of(policy)
+    console.print(
+        f"{output}: {', '.join(policy.heads)}; transformer size {size.transformer:.2%} (the paper's count), "
+        f"{size.total:,.0f} parameters in all",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: int) -> None:
+    """Roll out the policy in a file and print what it reaches on each task."""
+    from dt.model.policy import load_policy
+    from dt.rollout.evaluate import evaluate
+    from dt.scores import normalised_score
+
+    policy = load_policy(file)
+    table = RichTable("task", "return", "score", "episodes", title=str(file), title_justify="left")
+    for task in [get_task(name) for name in tasks or policy.heads]:
+        (result,) = evaluate([policy], task, episodes=episodes, seed=seed)
+        returns = sample_mean(result.returns.tolist(), together=task.name)
+        scores = sample_mean(normalised_score(task, result.returns).tolist(), together=task.name)
+        table.add_row(task.name, number(returns, "return"), number(scores, "score"), str(episodes))
+    table.caption = "mean [95 % bootstrap interval]"
+    console.print(table)
+
+
 # --- the demo -----------------------------------------------------------------------
 
 
 def film(evaluation: Evaluate, store: Store, output: Path, steps: int) -> None:
     """Record the first episode of an evaluation. Raises UserError when a policy it is made of is not trained yet."""
     from dt.rollout.video import record_video
-    from orchestrator.rollouts import describe, realise
+    from orchestrator.making import from_store, realise
+    from orchestrator.messages import describe
 
-    experts = {}
-    for train in trained(evaluation.policy):
-        if not store.has_policy(train):
-            raise UserError(f"{describe(train)} is not trained yet: run an experiment or a sweep that needs it first")
-        experts[train.id] = store.load_policy(train)
-    policy = realise(evaluation.policy, experts)
+    for part in ingredients(evaluation):
+        if not store.has(part):
+            raise UserError(f"{describe(part)} is not there yet: run an experiment or a sweep that needs it first")
+    policy = realise(evaluation.policy, from_store(evaluation.policy, store)).alone(evaluation.task)
     task, target_return = get_task(evaluation.task), evaluation.target_return
     record_video(policy, task, output, seed=evaluation.seed, steps=steps, target_return=target_return)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from orchestrator.experiment import Point
 from orchestrator.paper import NUMBERS
-from orchestrator.recipes import Merge, Perturb, experts
+from orchestrator.recipes import Merge, Perturb, dataset_of, origin, trained
 from orchestrator.tables import SCHEMAS, Tables
 
 
@@ -27,7 +27,8 @@ def declare_experiment(tables: Tables, experiment: str, profile: str, points: Se
 
 def _row(experiment: str, profile: str, index: int, point: Point) -> dict[str, object]:
     policy = point.evaluation.policy
-    trained = experts(policy)
+    parts = list(dict.fromkeys(trained(policy)))
+    own = origin(policy, point.evaluation.task)
     return {
         "experiment": experiment,
         "profile": profile,
@@ -35,10 +36,10 @@ def _row(experiment: str, profile: str, index: int, point: Point) -> dict[str, o
         "evaluation": point.evaluation.id,
         "policy": policy.id,
         "task": point.evaluation.task,
-        "target": trained[0].task if isinstance(policy, Merge) else None,
-        "source": "+".join(train.task for train in trained[1:]) or None,
+        "target": parts[0].task if isinstance(policy, Merge) else None,
+        "source": "+".join(part.task for part in parts[1:]) or None,
         "group": policy.group if isinstance(policy, Merge | Perturb) else None,
         "alpha": policy.alpha if isinstance(policy, Merge) else None,
-        "dataset": trained[0].dataset.quality,
+        "dataset": dataset_of(own, point.evaluation.task).quality,
         "labels": json.dumps(point.labels, ensure_ascii=False),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from dt.errors import UserError
-from orchestrator.plan import Plan, make_plan, trained
+from orchestrator.plan import Plan, make_plan
 from orchestrator.progress import phase
-from orchestrator.recipes import Evaluate, Merge, Perturb, Recipe, Recording, Train
+from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
 from orchestrator.session import Session, check_visible, connect, in_job
 from orchestrator.store import Store, explained
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
     from dt.data.trajectories import Trajectories
-    from orchestrator.rollouts import Failure
+    from orchestrator.messages import Failure
     from orchestrator.training import Slots
 
 THREADS_SHARE = 4  # a training gets a quarter of a node's CPUs: small models gain little from more threads
@@ -77,10 +77,10 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
         failures: list[Failure] = []
         if plan.recordings:
             _record(plan.recordings, store, tables, console)
-        if plan.trainings:
-            failures += _train(plan, settings, session, store, tables, console)
-        stored = store.policies()  # not those whose training failed
-        ready = [e for e in plan.evaluations if all(train.id in stored for train in trained(e.policy))]
+        if plan.artefacts:
+            failures += _make(plan, settings, session, store, tables, console)
+        stored = store.stored()  # not those that failed
+        ready = [e for e in plan.evaluations if all(part.id in stored for part in ingredients(e))]
         if ready:
             failures += _evaluate(ready, settings, session, store, tables, console)
     if failures:
@@ -92,7 +92,7 @@ def _record(recordings: Sequence[Recording], store: Store, tables: Tables, conso
     import ray
 
     from dt.behaviour.record import chunks
-    from orchestrator.rollouts import explain
+    from orchestrator.messages import explain
 
     began = datetime.now(UTC)
     record = ray.remote(num_cpus=1, max_retries=3)(_record_chunk)
@@ -151,20 +151,38 @@ def _write_recording(
     tables.append("runs", recording.id, run_rows(run_row(recording, began, seconds, threads=1, precision=None)))
 
 
-def _train(
+def _make(
     plan: Plan, settings: Settings, session: Session, store: Store, tables: Tables, console: Console
 ) -> list[Failure]:
-    from orchestrator.training import train_all
+    """Wave after wave: what can be made from what is stored, until nothing more can."""
+    from orchestrator.training import compute_all, train_all
 
-    with phase(console, "trainings", plan.gradient_steps, "steps") as shown:
-        return train_all(
-            plan.trainings,
-            store,
-            tables,
-            slots=slots_for(len(plan.trainings), settings, session),
-            checkpoint_seconds=settings.checkpoint_seconds,
-            phase=shown,
-        )
+    failures: list[Failure] = []
+    # By the whole plan: a thread more or less in a later wave would change its sums.
+    slots = slots_for(len(plan.trainings), settings, session)
+    left = list(plan.artefacts)
+    while wave := _ready(left, store.stored()):
+        left = [artefact for artefact in left if artefact not in wave]
+        others = [artefact for artefact in wave if not isinstance(artefact, Job)]
+        trainings = [artefact for artefact in wave if isinstance(artefact, Job)]
+        if others:
+            with phase(console, "estimates", len(others), "of them") as shown:
+                failures += compute_all(others, store, tables, phase=shown)
+        if trainings:
+            with phase(console, "trainings", sum(each.optimisation.steps for each in trainings), "steps") as shown:
+                failures += train_all(
+                    trainings, store, tables, slots=slots, checkpoint_seconds=settings.checkpoint_seconds, phase=shown
+                )
+    return failures
+
+
+def _ready(artefacts: Sequence[Artefact], stored: Set[str]) -> list[Artefact]:
+    """Those whose inputs are all stored."""
+
+    def made(artefact: Artefact) -> bool:
+        return all(part.id in stored for needed in inputs(artefact) for part in ingredients(needed))
+
+    return [artefact for artefact in artefacts if made(artefact)]
 
 
 def slots_for(trainings: int, settings: Settings, session: Session) -> Slots:
@@ -204,18 +222,16 @@ def _commit_finished(recipes: Sequence[Recipe], store: Store, tables: Tables) ->
     from orchestrator.training import commit_outcome
 
     for recipe in _begun(recipes, store):
-        if not commit_outcome(recipe, store, tables) and store.has_policy(recipe):
+        if not commit_outcome(recipe, store, tables) and store.has(recipe):
             store.discard_training(recipe)
 
 
-def _begun(recipes: Sequence[Recipe], store: Store) -> list[Train]:
+def _begun(recipes: Sequence[Recipe], store: Store) -> list[Job]:
     """The trainings behind these recipes that have begun and are not fully committed."""
     begun = store.unfinished()
     if not begun:
         return []
-    policies = [recipe.policy if isinstance(recipe, Evaluate) else recipe for recipe in recipes]
-    behind = {t.id: t for p in policies if isinstance(p, Train | Merge | Perturb) for t in trained(p)}
-    return [train for train in behind.values() if train.id in begun]
+    return [recipe for recipe in closure(recipes).values() if isinstance(recipe, Job) and recipe.id in begun]
 
 
 def _failed(failures: Sequence[Failure], skipped: int) -> UserError:

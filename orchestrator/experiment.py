@@ -5,16 +5,38 @@ A declaration only. Planning, running and reporting read it; it computes nothing
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from dt.errors import unknown
 from dt.frozen import Frozen
+from dt.model.architecture import Architecture
+from dt.training.harmony import Harmony
 from orchestrator.data_choice import RECORDED, DataChoice
-from orchestrator.profiles import Profile
-from orchestrator.recipes import Evaluate, Merge, Perturb, Quality, Train
+from orchestrator.profiles import MODEL, LanguageBudget, Profile
+from orchestrator.recipes import (
+    AnyPolicy,
+    Assemble,
+    Auxiliaries,
+    Evaluate,
+    FineTune,
+    Fisher,
+    FisherWeights,
+    ImportLanguage,
+    Language,
+    Merge,
+    Pretrain,
+    Quality,
+    Train,
+    Trained,
+    TrainTogether,
+)
+
+COSINE = 0.1  # λ1 at the start: the original's README
+COSINE_SHARE = 20  # it falls over that part of the training: 5,000 of 100,000 steps
 
 Label = str | float
 Measure = Literal["score", "retention", "return", "of_data"]
@@ -85,7 +107,73 @@ class Setting:
             seed=seed,
         )
 
-    def evaluate(self, policy: Train | Merge | Perturb, task: str) -> Evaluate:
+    def language_expert(
+        self,
+        task: str,
+        seed: int,
+        quality: Quality,
+        *,
+        regularised: float = 0.0,
+        co_trained: float = 0.0,
+        large: bool = False,
+    ) -> Train:
+        """A single-task policy that begins as a language model and is drawn to its token clusters (§VI).
+
+        regularised: λ3, co_trained: λ2. Its seed is not the language model's: all begin from one and the same.
+        """
+        start = language(self.profile.large_language if large else self.profile.language)
+        return Train(
+            dataset=self.data.dataset(task, quality, self.profile),
+            architecture=start.architecture.model_copy(update={"context": self.profile.architecture.context}),
+            optimisation=self.profile.optimisation,
+            seed=seed,
+            language=start,
+            auxiliaries=Auxiliaries(
+                cosine=COSINE,
+                cosine_decay=max(1, self.profile.optimisation.steps // COSINE_SHARE),
+                language=co_trained,
+                distance=regularised,
+            ),
+        )
+
+    def together(
+        self,
+        tasks: Sequence[str],
+        seed: int,
+        quality: Quality,
+        *,
+        harmony: Harmony | None = None,
+        architecture: Architecture | None = None,
+    ) -> TrainTogether:
+        """One policy trained on all tasks' data at once: plainly, or as HarmoDT."""
+        return TrainTogether(
+            datasets=tuple(self.data.dataset(task, quality, self.profile) for task in tasks),
+            architecture=architecture or self.profile.architecture,
+            optimisation=self.profile.optimisation if harmony is None else self.profile.together,
+            seed=seed,
+            harmony=harmony,
+        )
+
+    def merge_freeze_finetune(
+        self, sources: Sequence[Train], group: str, seed: int = 0, *, fisher: bool = False
+    ) -> Assemble:
+        """Merge a group of all, freeze it, fine-tune the rest for each task apart: one policy for all tasks (§V-C)."""
+
+        def tuned(target: Train) -> FineTune:
+            start = mean_of(target, sources, group, self.fisher if fisher else None)
+            return self.fine_tuned(start, target, frozen=group, seed=seed)
+
+        return Assemble(policies=tuple(tuned(source) for source in sources), shared=group)
+
+    def fine_tuned(self, start: AnyPolicy, own: Train, *, frozen: str, seed: int = 0) -> FineTune:
+        """A policy trained on with a group frozen, on the data of the policy it was, for as long as that was."""
+        return FineTune(policy=start, dataset=own.dataset, optimisation=own.optimisation, seed=seed, frozen=frozen)
+
+    def fisher(self, policy: Trained) -> Fisher:
+        """How much each of its parameters matters on its own data: as the original estimates it (§VI)."""
+        return Fisher(policy=policy, datasets=policy.datasets, batches=self.profile.fisher_batches)
+
+    def evaluate(self, policy: AnyPolicy, task: str) -> Evaluate:
         """The profile's evaluation of a policy: the same starts for every policy of a task."""
         return Evaluate(
             policy=policy,
@@ -97,9 +185,61 @@ class Setting:
         )
 
 
+def mean_of(
+    target: Trained, sources: Sequence[Trained], group: str, fisher: Callable[[Trained], Fisher] | None = None
+) -> Merge:
+    """The target with the mean of all sources in `group`: uniform, or weighted by Fisher. Sources hold the target."""
+    ordered = (target, *(source for source in sources if source != target))
+    weights = FisherWeights(estimates=tuple(fisher(source) for source in ordered)) if fisher else None
+    return Merge(sources=ordered, group=group, fisher=weights)
+
+
+def language(budget: LanguageBudget) -> Language:
+    """The language model of a budget: pre-trained here, or taken as it is where the source says `model:`."""
+    if budget.source.startswith(MODEL):
+        return _imported(budget.source.removeprefix(MODEL), budget.clusters)
+    return Pretrain(
+        corpus=budget.source,
+        corpus_hash=None if budget.source == "docstrings" else _text_hash(budget.source, budget.characters),
+        characters=budget.characters,
+        vocabulary=budget.vocabulary,
+        block=budget.block,
+        clusters=budget.clusters,
+        architecture=budget.architecture,
+        optimisation=budget.optimisation,
+    )
+
+
+@cache
+def _imported(source: str, clusters: int) -> ImportLanguage:
+    from dt.language.model import from_hugging_face  # heavy: only where it is used
+
+    model = from_hugging_face(source, clusters=0)
+    where = str(Path(source).absolute()) if Path(source).exists() else source  # workers have another working directory
+    return ImportLanguage(
+        source=where, content_hash=model.content_hash, clusters=clusters, architecture=model.architecture
+    )
+
+
+@cache
+def _text_hash(source: str, characters: int) -> str:
+    from dt.language.corpus import read_corpus
+
+    return read_corpus(source, characters).content_hash
+
+
 def merged(target: Train, source: Train, group: str, alpha: float) -> Train | Merge:
     """The target with `group` drawn towards the source; at α = 0 the target itself, evaluated once for all."""
     return target if alpha == 0 else Merge(sources=(target, source), group=group, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Coefficients that can be searched over instead of run through: see `orchestrator.search`."""
+
+    space: Mapping[str, tuple[Label, ...]]  # coefficient → the values it may take
+    points: Callable[[Setting, Mapping[str, Label]], Iterable[Point]]  # of one choice of all coefficients
+    targets: tuple[str, ...]  # tasks those points evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +253,7 @@ class Experiment:
     points: Callable[[Setting], Iterable[Point]]
     show: Figure | Table
     claims: tuple[Claim, ...] = ()
+    search: Search | None = None
 
 
 @cache

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar, cast
 
 from dt.tasks import get_task
-from orchestrator.recipes import Dataset, Evaluate, Merge, Perturb, Quality, Recipe, Recording, Train
+from orchestrator.recipes import (
+    AnyPolicy,
+    Artefact,
+    Dataset,
+    Evaluate,
+    FineTune,
+    Fisher,
+    ImportLanguage,
+    Job,
+    Quality,
+    Recipe,
+    Recording,
+    Train,
+    TrainTogether,
+    ingredients,
+    inputs,
+)
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
@@ -17,19 +33,29 @@ R = TypeVar("R", bound=Recipe)
 
 @dataclass(frozen=True)
 class Plan:
-    """The missing recipes, each kind in the order of first need, and how many of those asked for are stored."""
+    """The missing recipes, each after all it needs, and how many of those asked for are stored."""
 
     recordings: tuple[Recording, ...]  # of one behaviour policy each
-    trainings: tuple[Train, ...]
+    artefacts: tuple[Artefact, ...]  # trainings, and what they or merges need beside them
     evaluations: tuple[Evaluate, ...]
     stored_recordings: int
-    stored_trainings: int
+    stored_artefacts: int
     stored_evaluations: int
+
+    @property
+    def trainings(self) -> tuple[Job, ...]:
+        """What takes gradient steps."""
+        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Job))
+
+    @property
+    def others(self) -> tuple[Fisher | ImportLanguage, ...]:
+        """Estimates and imports."""
+        return tuple(artefact for artefact in self.artefacts if not isinstance(artefact, Job))
 
     @property
     def empty(self) -> bool:
         """Whether everything asked for is there."""
-        return not (self.recordings or self.trainings or self.evaluations)
+        return not (self.recordings or self.artefacts or self.evaluations)
 
     @property
     def recorded_episodes(self) -> int:
@@ -59,57 +85,75 @@ class Plan:
         todo = (
             (len(self.recordings), "recording", f"{self.recorded_episodes:,} episodes"),
             (len(self.trainings), "training", f"{self.gradient_steps:,} gradient steps"),
+            (len(self.others), "statistic", "Fisher estimates and imports"),
             (len(self.evaluations), "evaluation", f"{self.episodes:,} episodes"),
         )
         parts = [f"{count:,} {kind}{'s' * (count != 1)} ({size})" for count, kind, size in todo if count]
         return f"to compute: {', '.join(parts)}; stored: {self._stored()}"
 
     def _stored(self) -> str:
-        counts = (self.stored_recordings, self.stored_trainings, self.stored_evaluations)
-        return "{:,} recordings, {:,} trainings, {:,} evaluations".format(*counts)
+        counts = (self.stored_recordings, self.stored_artefacts, self.stored_evaluations)
+        return "{:,} recordings, {:,} artefacts, {:,} evaluations".format(*counts)
 
 
 def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     """What these recipes still need.
 
-    An evaluation is missing when it has no rows. A training is missing when it is asked for, or a missing evaluation
-    needs its policy, and its policy is not in the store; a recording likewise when a missing training needs it.
+    An evaluation is missing when it has no rows. An artefact is missing when it is asked for, or something missing is
+    made from it, and it is not in the store; a recording likewise when a missing artefact needs it.
     """
     asked = {recipe.id: recipe for recipe in recipes}
     evaluations = [recipe for recipe in asked.values() if isinstance(recipe, Evaluate)]
-    answered, committed = tables.done("episodes"), store.policies()
+    answered, committed = tables.done("episodes"), store.stored()
     missing = tuple(evaluation for evaluation in evaluations if evaluation.id not in answered)
 
-    wanted = [recipe for recipe in asked.values() if isinstance(recipe, Train | Merge | Perturb)]
-    needed = _by_id(chain.from_iterable(trained(policy) for policy in (*wanted, *(e.policy for e in missing))))
-    trainings = tuple(training for training in needed.values() if training.id not in committed)
+    wanted = [recipe for recipe in asked.values() if isinstance(recipe, AnyPolicy | Artefact)]
+    artefacts = _missing(chain(wanted, (evaluation.policy for evaluation in missing)), committed)
 
     datasets = [recipe for recipe in asked.values() if isinstance(recipe, Recording)]
-    sources = _by_id(chain.from_iterable(parts(d) for d in (*datasets, *(t.dataset for t in trainings))))
+    sources = _by_id(chain.from_iterable(parts(d) for d in (*datasets, *datasets_of(artefacts))))
     recordings = tuple(recording for recording in sources.values() if not is_recorded(recording, store))
 
-    reachable = _by_id(chain(needed.values(), chain.from_iterable(trained(e.policy) for e in evaluations)))
-    behind = _by_id(chain(sources.values(), chain.from_iterable(parts(t.dataset) for t in reachable.values())))
+    reachable = _by_id(chain.from_iterable(ingredients(recipe) for recipe in (*wanted, *evaluations)))
+    behind = _by_id(
+        chain(sources.values(), chain.from_iterable(parts(dataset) for dataset in datasets_of(reachable.values())))
+    )
     return Plan(
         recordings,
-        trainings,
+        artefacts,
         missing,
         stored_recordings=sum(is_recorded(recording, store) for recording in behind.values()),
-        stored_trainings=len(committed & reachable.keys()),
+        stored_artefacts=len(committed & reachable.keys()),
         stored_evaluations=len(evaluations) - len(missing),
     )
 
 
-def trained(policy: Train | Merge | Perturb) -> Iterator[Train]:
-    """The trained policies a policy is made of, target first, repeats included. Hashes nothing, so it is fast."""
-    match policy:
-        case Train():
-            yield policy
-        case Merge():
-            for source in policy.sources:
-                yield from trained(source)
-        case Perturb():
-            yield from trained(policy.policy)
+def _missing(recipes: Iterable[Recipe], committed: Set[str]) -> tuple[Artefact, ...]:
+    """The artefacts that these recipes need and that are not committed, each after those it is made from itself."""
+    found: dict[str, Artefact] = {}
+    seen: set[int] = set()
+
+    def visit(recipe: Recipe) -> None:
+        for artefact in ingredients(recipe):
+            if id(artefact) in seen:  # a sweep repeats the same few objects
+                continue
+            seen.add(id(artefact))
+            if artefact.id not in found and artefact.id not in committed:
+                for needed in inputs(artefact):
+                    visit(needed)
+                found[artefact.id] = artefact
+
+    kept = list(recipes)  # alive, so that no id is given twice
+    for recipe in kept:
+        visit(recipe)
+    return tuple(found.values())
+
+
+def datasets_of(artefacts: Iterable[Artefact]) -> Iterator[Dataset]:
+    """The datasets that the artefacts are made from, repeats included."""
+    for artefact in artefacts:
+        if isinstance(artefact, Train | TrainTogether | FineTune | Fisher):
+            yield from artefact.datasets
 
 
 def parts(dataset: Dataset) -> tuple[Recording, ...]:

@@ -1,5 +1,6 @@
 """Budgets: how much data, model, training and evaluation. To tune a profile, edit its entry here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -8,8 +9,22 @@ from pydantic import Field, field_validator
 from dt.errors import UserError, unknown
 from dt.frozen import Frozen
 from dt.merging.groups import Granularity
-from dt.model.architecture import BASE, Architecture
+from dt.model.architecture import BASE, GPT2_SMALL, WIDE, Architecture
 from dt.training.optimisation import Optimisation, Precision
+
+MODEL = "model:"  # before the folder or hub id of a language model that is taken as it is
+
+
+class LanguageBudget(Frozen):
+    """How a language model is pre-trained, and from what shape on policies begin as one (§VI)."""
+
+    architecture: Architecture
+    characters: int = Field(5_000_000, gt=0)  # of text, at most
+    vocabulary: int = Field(8_192, gt=0)
+    block: int = Field(256, gt=0)  # tokens a sequence
+    clusters: int = Field(1_000, gt=0)
+    optimisation: Optimisation
+    source: str = "docstrings"  # a folder of text, hf:<dataset>/<configuration>, or model:<Hugging Face folder or id>
 
 
 class Profile(Frozen):
@@ -28,6 +43,18 @@ class Profile(Frozen):
     evaluation_episodes: int = Field(25, gt=0)  # the paper's number (§V)
     evaluation_seed: int = Field(1_000_000, ge=0)  # episode i starts from this + i; far from the seeds of recordings
     evaluation_precision: Precision = "float32"
+    instances: int = Field(2, gt=0)  # of merge-freeze-finetune (Tables III, IV) and of multi-task policies
+    language: LanguageBudget  # of the small trunk (ChibiT's part)
+    large_language: LanguageBudget  # of the larger one (GPT-2's part, Table IV)
+    wide: Architecture = WIDE  # of Table V
+    harmony_interval: int = Field(500, gt=0)  # updates between two swaps of HarmoDT's masks
+    fisher_batches: int = Field(750, gt=0)
+
+    @property
+    def together(self) -> Optimisation:
+        """Of HarmoDT, whose steps are one task's each: as many windows of every task as a single-task policy sees."""
+        steps, warmup = 3 * self.optimisation.steps, 3 * self.optimisation.warmup_steps
+        return self.optimisation.model_copy(update={"steps": steps, "warmup_steps": warmup})
 
     @field_validator("training_seeds", "sweep_seeds")
     @classmethod
@@ -42,6 +69,21 @@ class Profile(Frozen):
         if min(alphas) < 0 or max(alphas) > 1:
             raise ValueError("alpha must lie in [0, 1]")
         return alphas
+
+    def begun_as(self, init: str | None, text: str | None) -> "Profile":
+        """The same budget with other language models to begin from.
+
+        init: a Hugging Face folder or hub id whose weights take the small one's place unchanged; text: what both are
+        pre-trained on instead, a folder of text or hf:<dataset>/<configuration>. The name says so.
+        """
+        small, large, name = self.language, self.large_language, self.name
+        if text is not None:
+            small, large = (budget.model_copy(update={"source": text}) for budget in (small, large))
+            name += f"-text-{_word(text)}"
+        if init is not None:
+            small = small.model_copy(update={"source": f"{MODEL}{init}"})
+            name += f"-init-{_word(init)}"
+        return self.model_copy(update={"language": small, "large_language": large, "name": name})
 
     def with_seeds(self, seeds: Sequence[int]) -> "Profile":
         """The same budget over other training seeds."""
@@ -63,6 +105,40 @@ _FAST = Optimisation(
     precision="bfloat16",
 )
 
+_SMALL = Architecture(activation="gelu_new")  # ChibiT's shape
+_LANGUAGE = LanguageBudget(
+    architecture=_SMALL,
+    optimisation=Optimisation(
+        steps=3_000,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        schedule="cosine",
+        clip_norm=1.0,
+        weight_decay=0.01,
+        dropout=0.0,
+        precision="bfloat16",
+    ),
+)
+_LAPTOP = {
+    "language": _LANGUAGE,
+    # At the paper's budget the larger one is GPT-2 small; here it is pre-trained, too, in a size that two cores bear.
+    "large_language": _LANGUAGE.model_copy(
+        update={"architecture": Architecture(width=256, layers=6, heads=4, activation="gelu_new")}
+    ),
+    "wide": Architecture(width=256, layers=3, heads=4, activation="gelu_new"),
+    "harmony_interval": 225,
+    "fisher_batches": 100,
+}
+_TINY_LANGUAGE = LanguageBudget(
+    architecture=Architecture(width=32, layers=2, heads=1, activation="gelu_new"),
+    characters=200_000,
+    vocabulary=400,
+    block=32,
+    clusters=20,
+    optimisation=Optimisation(steps=10, batch_size=4, learning_rate=1e-3, warmup_steps=2),
+)
+
 _ALL = (
     Profile(
         name="smoke",
@@ -72,6 +148,13 @@ _ALL = (
         optimisation=Optimisation(steps=20, batch_size=16, learning_rate=1e-3, warmup_steps=5, schedule="cosine"),
         alphas=(0.0, 0.5, 1.0),
         evaluation_episodes=2,
+        language=_TINY_LANGUAGE,
+        large_language=_TINY_LANGUAGE.model_copy(
+            update={"architecture": Architecture(width=48, layers=2, heads=2, activation="gelu_new")}
+        ),
+        wide=Architecture(width=48, layers=2, heads=2, activation="gelu_new"),
+        harmony_interval=20,
+        fisher_batches=2,
     ),
     Profile(
         name="demo",
@@ -81,6 +164,7 @@ _ALL = (
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0),
         evaluation_episodes=10,
         evaluation_precision="bfloat16",
+        **_LAPTOP,
     ),
     Profile(
         name="laptop",
@@ -89,6 +173,7 @@ _ALL = (
         optimisation=_FAST,
         training_seeds=(0, 1, 2),
         evaluation_precision="bfloat16",
+        **_LAPTOP,
     ),
     Profile(
         name="paper",
@@ -97,10 +182,27 @@ _ALL = (
         training_seeds=(0, 1, 2),
         sweep_seeds=(0, 1, 2),
         granularity="fine",
+        language=_LANGUAGE.model_copy(
+            update={
+                "source": "hf:Salesforce/wikitext/wikitext-103-raw-v1",
+                "characters": 600_000_000,
+                "vocabulary": 50_257,
+                "block": 1_000,
+                "optimisation": _LANGUAGE.optimisation.model_copy(update={"steps": 100_000}),
+            }
+        ),
+        large_language=LanguageBudget(
+            architecture=GPT2_SMALL, source="model:gpt2", optimisation=_LANGUAGE.optimisation
+        ),
     ),
 )
 
 PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for profile in _ALL})
+
+
+def _word(source: str) -> str:
+    """The last part of a path or id, as part of a name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", source.rstrip("/").rsplit("/", 1)[-1]).strip("-")
 
 
 def get_profile(name: str) -> Profile:

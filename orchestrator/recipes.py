@@ -5,16 +5,18 @@ Recipes nest by value, so two experiments that need the same expert share it wit
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
+from dt.errors import UserError
 from dt.frozen import Frozen
 from dt.merging.groups import parameters_of
 from dt.model.architecture import Architecture
 from dt.tasks import get_task
+from dt.training.harmony import Harmony
 from dt.training.optimisation import Optimisation, Precision
 
 
@@ -29,7 +31,10 @@ class Recipe(Frozen):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:20]
 
     def canonical_json(self) -> str:
-        """Sorted keys, no spaces, the revision of every nested recipe included."""
+        """Sorted keys, no spaces, the revision of every nested recipe included.
+
+        What is None or empty is left out: a recipe may gain an option and keep its identity where that is not used.
+        """
         return _canonical_fields(self)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -60,7 +65,8 @@ def _canonical(value: object) -> str:
 
 
 def _canonical_fields(value: Frozen) -> str:
-    written = (f'"{name}":{_canonical(getattr(value, name))}' for name in _sorted_names(type(value)))
+    fields = ((name, getattr(value, name)) for name in _sorted_names(type(value)))
+    written = (f'"{name}":{_canonical(field)}' for name, field in fields if field is not None and field != ())
     return "{" + ",".join(written) + "}"
 
 
@@ -106,18 +112,76 @@ class Imported(_OfTask):
 Dataset = Annotated[Recording | Imported, Field(discriminator="kind")]
 
 
+class Pretrain(Recipe):
+    """A GPT-2-style language model trained here, from whose blocks and position table policies can begin (§VI)."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    corpus: str = "docstrings"  # or a folder of text, or hf:<dataset id>/<configuration>
+    corpus_hash: str | None = None  # pins a corpus of others; the docstrings are this machine's
+    characters: int = Field(gt=0)  # of the corpus, at most
+    vocabulary: int = Field(gt=0)
+    block: int = Field(gt=0)  # tokens a sequence
+    clusters: int = Field(1000, gt=0)  # k-means centres of the token embeddings
+    architecture: Architecture
+    optimisation: Optimisation
+    seed: int = Field(0, ge=0)
+
+
+class ImportLanguage(Recipe):
+    """A GPT-2 of others, its weights unchanged: a Hugging Face folder or hub id, pinned by its content."""
+
+    kind: Literal["import-language"] = "import-language"
+    source: str
+    content_hash: str
+    clusters: int = Field(1000, gt=0)
+    architecture: Architecture
+    seed: int = Field(0, ge=0)  # of the clustering
+
+
+Language = Annotated[Pretrain | ImportLanguage, Field(discriminator="kind")]
+
+
+class Auxiliaries(Frozen):
+    """Losses added to the action error (eq. 5): λ1 cosine to token clusters, λ2 language, λ3 distance to the start."""
+
+    cosine: float = Field(0.0, ge=0)
+    cosine_decay: int | None = Field(5_000, gt=0)  # T of the sigmoid schedule; None: constant
+    language: float = Field(0.0, ge=0)
+    sequences: int = Field(2, gt=0)  # of text a step
+    distance: float = Field(0.0, ge=0)
+    distance_formula: Literal["sum of norms", "norm"] = "sum of norms"  # the original code's, the paper's
+
+
 class Train(Recipe):
-    """One single-task Decision Transformer trained from a random initialisation."""
+    """One single-task Decision Transformer trained from a random initialisation, or from a language model's."""
 
     kind: Literal["train"] = "train"
     dataset: Dataset
     architecture: Architecture = Architecture()
     optimisation: Optimisation = Optimisation()
     seed: int = Field(0, ge=0)
+    language: Language | None = None
+    auxiliaries: Auxiliaries | None = None
+
+    @model_validator(mode="after")
+    def _same_shape(self) -> "Train":
+        if self.language is not None and not _same_trunk(self.language.architecture, self.architecture):
+            raise ValueError(f"a policy of {self.architecture} cannot begin as a {self.language.architecture}")
+        if (
+            self.language is None
+            and self.auxiliaries is not None
+            and self.auxiliaries.cosine + self.auxiliaries.language
+        ):
+            raise ValueError("the cosine and the language loss need a language model to begin from")
+        return self
 
     @property
     def task(self) -> str:
         return self.dataset.task
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        return (self.dataset,)
 
     def canonical_json(self) -> str:
         return self.canonical
@@ -128,13 +192,112 @@ class Train(Recipe):
         return _canonical_fields(self)
 
 
+class TrainTogether(Recipe):
+    """One multi-task Decision Transformer: a trunk for all tasks, a head each; with `harmony`, a mask each (HarmoDT).
+
+    A step takes a batch of every task; with `harmony`, of one task in turn.
+    """
+
+    kind: Literal["train-together"] = "train-together"
+    datasets: tuple[Dataset, ...] = Field(min_length=2)
+    architecture: Architecture = Architecture()
+    optimisation: Optimisation = Optimisation()
+    seed: int = Field(0, ge=0)
+    harmony: Harmony | None = None
+
+    @model_validator(mode="after")
+    def _different_tasks(self) -> "TrainTogether":
+        tasks = [dataset.task for dataset in self.datasets]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"each task once: {', '.join(tasks)} given")
+        return self
+
+    @property
+    def task(self) -> str:
+        return "+".join(dataset.task for dataset in self.datasets)
+
+    def canonical_json(self) -> str:
+        return self.canonical
+
+    @cached_property
+    def canonical(self) -> str:
+        """Its canonical JSON, kept."""
+        return _canonical_fields(self)
+
+
+class FineTune(Recipe):
+    """A policy trained on, for one task: all of its task's head and of its trunk but what is frozen (§V-C, §VI)."""
+
+    kind: Literal["fine-tune"] = "fine-tune"
+    policy: "Policy"
+    dataset: Dataset
+    optimisation: Optimisation = Optimisation()
+    seed: int = Field(0, ge=0)
+    frozen: str | None = None  # a group of the trunk
+    frozen_head: tuple[str, ...] = ()  # parts of the head: embed_timestep, …
+    auxiliaries: Auxiliaries | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FineTune":
+        if self.frozen is not None:
+            _members(self.frozen, self.architecture)
+        if self.task not in tasks_of(self.policy):
+            raise ValueError(f"a policy for {', '.join(tasks_of(self.policy))} cannot be fine-tuned on {self.task}")
+        if self.auxiliaries is not None and self.auxiliaries.cosine + self.auxiliaries.language:
+            raise ValueError("the cosine and the language loss belong to the first training")
+        return self
+
+    @property
+    def task(self) -> str:
+        return self.dataset.task
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        return (self.dataset,)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.policy.architecture
+
+    def canonical_json(self) -> str:
+        return self.canonical
+
+    @cached_property
+    def canonical(self) -> str:
+        """Its canonical JSON, kept."""
+        return _canonical_fields(self)
+
+
+class Fisher(Recipe):
+    """How much each trunk parameter of a policy matters for its actions on some data (eq. 3)."""
+
+    kind: Literal["fisher"] = "fisher"
+    policy: "Policy"
+    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    variant: Literal["batch", "empirical", "exact"] = "batch"
+    batches: int = Field(750, gt=0)
+    batch_size: int = Field(64, gt=0)
+    seed: int = Field(0, ge=0)
+
+
+class FisherWeights(Frozen):
+    """The weights of a Fisher merge: one estimate for each source."""
+
+    estimates: tuple[Fisher, ...] = Field(min_length=2)
+    trace_normalised: bool = True  # each divided by its sum over the blocks, as the original code does
+
+
 class Merge(Recipe):
-    """`group` of the first source (the target) becomes (1−α)·target + α·source; the uniform mean where α is None."""
+    """`group` of the first source (the target) becomes (1−α)·target + α·source; where α is None, the mean of all.
+
+    The mean is uniform, or weighted entry by entry by `fisher` (eq. 4).
+    """
 
     kind: Literal["merge"] = "merge"
     sources: tuple["Policy", ...] = Field(min_length=2)
     group: str
     alpha: float | None = Field(None, ge=0, le=1)
+    fisher: FisherWeights | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Merge":
@@ -147,6 +310,10 @@ class Merge(Recipe):
             raise ValueError(
                 f"alpha weighs a pair; {len(self.sources)} sources take their uniform mean (leave alpha out)"
             )
+        if self.fisher is not None and self.alpha is not None:
+            raise ValueError("alpha and Fisher are two ways to weigh the sources: give one")
+        if self.fisher is not None and tuple(each.policy for each in self.fisher.estimates) != self.sources:
+            raise ValueError("a Fisher merge takes the Fisher of each source, in their order")
         _members(self.group, self.architecture)  # raises on an unknown group
         return self
 
@@ -174,7 +341,44 @@ class Perturb(Recipe):
         return self.policy.architecture
 
 
-Policy = Annotated[Train | Merge | Perturb, Field(discriminator="kind")]
+class Assemble(Recipe):
+    """One multi-task policy: the group `shared` once, all else of each task from that task's own policy (§V-C)."""
+
+    kind: Literal["assemble"] = "assemble"
+    policies: tuple["Policy", ...] = Field(min_length=2)  # each gives its first task
+    shared: str | None = None  # None: nothing need be shared, as in a shelf of single-task policies
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Assemble":
+        tasks = [tasks_of(policy)[0] for policy in self.policies]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"each task once: {', '.join(tasks)} given")
+        if self.shared is not None:
+            _members(self.shared, self.architecture)
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.policies[0].architecture
+
+
+class Vote(Recipe):
+    """One trunk from a HarmoDT's masks: a weight stays where at least `threshold` tasks keep it."""
+
+    kind: Literal["vote"] = "vote"
+    policy: TrainTogether
+    threshold: int = Field(2, gt=0)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.policy.architecture
+
+
+Policy = Annotated[Train | TrainTogether | FineTune | Merge | Perturb | Assemble | Vote, Field(discriminator="kind")]
+AnyPolicy = Train | TrainTogether | FineTune | Merge | Perturb | Assemble | Vote
+Trained = Train | TrainTogether | FineTune  # policies that are stored, each with its curve in `training`
+Job = Trained | Pretrain  # what Ray Train runs
+Artefact = Job | ImportLanguage | Fisher  # what the store keeps
 
 
 class Evaluate(_OfTask):
@@ -188,25 +392,64 @@ class Evaluate(_OfTask):
     precision: Precision = "float32"
 
 
-Merge.model_rebuild()
-Perturb.model_rebuild()
-Evaluate.model_rebuild()
+for _model in (FineTune, Fisher, FisherWeights, Merge, Perturb, Assemble, Evaluate):
+    _model.model_rebuild()
+
+
+_POLICY: TypeAdapter[AnyPolicy] = TypeAdapter(Policy)
+
+
+def read_policy(canonical_json: str) -> AnyPolicy:
+    """The policy recipe that was written as this canonical JSON. Raises UserError for one of another version."""
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in pairs if name != "revision"}
+
+    recipe = _POLICY.validate_python(json.loads(canonical_json, object_pairs_hook=plain))
+    if recipe.canonical_json() != canonical_json:
+        raise UserError("the recipe was written by another version of mergedt: run its experiment again")
+    return recipe
+
+
+def tasks_of(policy: AnyPolicy) -> tuple[str, ...]:
+    """The tasks a policy has heads for; first the one that is its own."""
+    match policy:
+        case Train():
+            return (policy.task,)
+        case TrainTogether():
+            return tuple(dataset.task for dataset in policy.datasets)
+        case FineTune():
+            return tuple(dict.fromkeys((policy.task, *tasks_of(policy.policy))))
+        case Merge():
+            return tasks_of(policy.sources[0])
+        case Perturb() | Vote():
+            return tasks_of(policy.policy)
+        case Assemble():
+            return tuple(tasks_of(part)[0] for part in policy.policies)
 
 
 def inputs(recipe: Recipe) -> tuple[Recipe, ...]:
     """The recipes whose artefacts this one needs directly."""
     match recipe:
         case Train():
-            return (recipe.dataset,)
+            return (recipe.dataset, *([recipe.language] if recipe.language else []))
+        case TrainTogether():
+            return recipe.datasets
+        case FineTune():
+            return (recipe.policy, recipe.dataset)
+        case Fisher():
+            return (recipe.policy, *recipe.datasets)
         case Merge():
-            return recipe.sources
-        case Perturb() | Evaluate():
+            return (*recipe.sources, *(recipe.fisher.estimates if recipe.fisher else ()))
+        case Perturb() | Vote() | Evaluate():
             return (recipe.policy,)
+        case Assemble():
+            return recipe.policies
         case _:
             return ()
 
 
-def closure(recipes: Iterator[Recipe]) -> dict[str, Recipe]:
+def closure(recipes: Iterable[Recipe]) -> dict[str, Recipe]:
     """All recipes reachable from these, by id, every input before what needs it."""
     found: dict[str, Recipe] = {}
 
@@ -221,7 +464,44 @@ def closure(recipes: Iterator[Recipe]) -> dict[str, Recipe]:
     return found
 
 
-def experts(policy: Recipe) -> tuple[Train, ...]:
-    """The trained policies a policy is made of, target first, each once."""
-    found = closure(iter((policy,)))
-    return tuple(recipe for recipe in found.values() if isinstance(recipe, Train))
+def ingredients(recipe: Recipe) -> Iterator[Artefact]:
+    """The stored artefacts a recipe is made from, target first, repeats included; hashes nothing, so it is fast.
+
+    Of a stored artefact, that is itself: what it took to make it is behind it.
+    """
+    match recipe:
+        case Train() | TrainTogether() | FineTune() | Fisher() | Pretrain() | ImportLanguage():
+            yield recipe
+        case _:
+            for needed in inputs(recipe):
+                yield from ingredients(needed)
+
+
+def trained(policy: Recipe) -> Iterator[Trained]:
+    """The trained policies a policy is made of, target first, repeats included."""
+    return (recipe for recipe in ingredients(policy) if isinstance(recipe, Trained))
+
+
+def origin(policy: AnyPolicy, task: str) -> Trained:
+    """The trained policy that a task's part of a policy was before anything was merged into it or perturbed."""
+    match policy:
+        case Train() | TrainTogether():
+            return policy
+        case FineTune():
+            return policy if isinstance(policy.policy, Trained) else origin(policy.policy, task)
+        case Merge():
+            return origin(policy.sources[0], task)
+        case Perturb() | Vote():
+            return origin(policy.policy, task)
+        case Assemble():
+            return origin(next(part for part in policy.policies if tasks_of(part)[0] == task), task)
+
+
+def dataset_of(policy: Trained, task: str) -> Dataset:
+    """What a trained policy was trained on, of a task."""
+    behind = (policy, *(recipe for recipe in closure([policy]).values() if isinstance(recipe, Trained)))
+    return next(dataset for recipe in behind for dataset in recipe.datasets if dataset.task == task)
+
+
+def _same_trunk(one: Architecture, other: Architecture) -> bool:
+    return one.model_copy(update={"context": other.context}) == other

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
+from scipy.stats import kendalltau
 
 from orchestrator.answers import Answer, Cell, DataReturn, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
-from orchestrator.experiment import Claim, Experiment, Figure, Measure, Setting, Table
+from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
 from orchestrator.paper import NUMBERS
 from orchestrator.recipes import Dataset, Recording, closure
@@ -171,15 +172,18 @@ def _long_table(each: Answer) -> str:
     measures: tuple[Measure, ...] = ("score", "retention")
     if each.experiment.show.value == "of_data":
         measures = ("return", "score", "of_data")
-    papers = [paper_score(each.experiment, cell) for cell in each.cells]
+    shown = each.experiment.show.value
+    papers = [paper_value(each.experiment, cell) for cell in each.cells]
     with_paper = any(value is not None for value in papers)
+    with_size = any(cell.size is not None and cell.size != 1 for cell in each.cells)
     header = [*labels, *(m.replace("of_data", "of the data's mean return") for m in measures)]
-    header += ["paper's score"] * with_paper + ["episodes", "training seeds"]
+    header += [f"paper's {shown}"] * with_paper + ["transformer size"] * with_size + ["episodes", "seeds"]
     rows = [
         [
             *(spell(name, cell.labels[name]) for name in labels),
             *(number(cell.estimates.get(measure), measure) for measure in measures),
-            *([f"{value:.1f}" if value is not None else "–"] * with_paper),
+            *([_plain(value, shown) if value is not None else "–"] * with_paper),
+            *([f"{cell.size:.2%}" if cell.size is not None else "–"] * with_size),
             str(cell.episodes),
             str(cell.seeds),
         ]
@@ -192,14 +196,17 @@ def _wide_table(each: Answer, show: Table) -> str:
     """Laid out like the paper's: ours with its interval, the paper's in bold beneath."""
     assert show.column is not None
     columns = list(dict.fromkeys(cell.labels[show.column] for cell in each.cells))
-    lines: dict[tuple[str, ...], list[str]] = {}
+    lines: dict[tuple[str, ...], dict[Label, str]] = {}
     for cell in each.cells:
-        paper = paper_score(each.experiment, cell)
+        paper = paper_value(each.experiment, cell)
         ours = number(cell.estimates.get(show.value), show.value)
         key = tuple(spell(name, cell.labels[name]) for name in show.rows)
-        lines.setdefault(key, []).append(ours if paper is None else f"{ours}<br>**paper {paper:.1f}**")
+        cells = lines.setdefault(key, {})
+        cells[cell.labels[show.column]] = ours if paper is None else f"{ours}<br>**paper {_plain(paper, show.value)}**"
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
-    return markdown_table(header, ([*key, *line] for key, line in lines.items()))
+    return markdown_table(
+        header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines.items())
+    )
 
 
 def _agreement(each: Answer) -> str:
@@ -209,7 +216,13 @@ def _agreement(each: Answer) -> str:
         observed, said = (number(found[0], claim.value), f"**{found[1]}**") if found else ("–", "cannot be computed")
         rows.append((claim.statement, expected(claim), observed, said))
     title = "Agreement with the paper" if each.experiment.paper else "Expected"
-    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows)
+    order = ordering(each)
+    tau = (
+        f"\n\nKendall's τ between the paper's order and ours: **{order[0]:.2f}** over {order[1]} cells."
+        if order
+        else ""
+    )
+    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows) + tau
 
 
 def expected(claim: Claim) -> str:
@@ -225,11 +238,35 @@ def expected(claim: Claim) -> str:
     return f"{quantity} {sign} {claim.bound:g}"
 
 
-def paper_score(experiment: Experiment, cell: Cell) -> float | None:
-    """The score the paper prints for a cell."""
+def paper_value(experiment: Experiment, cell: Cell) -> float | None:
+    """What the paper prints for a cell, in the measure that the experiment shows."""
     values = {str(value) for value in cell.labels.values()}
     for printed in NUMBERS:
-        place = {printed.task, printed.dataset or printed.task, printed.configuration}
-        if (printed.experiment, printed.metric) == (experiment.name, "score") and place <= values:
+        place = {printed.task, printed.configuration}
+        if printed.dataset is not None and "quality" in cell.labels:
+            place.add(printed.dataset)
+        if (printed.experiment, printed.metric) == (experiment.name, experiment.show.value) and place <= values:
             return printed.value
     return None
+
+
+def ordering(each: Answer) -> tuple[float, int] | None:
+    """Kendall's τ between the paper's and our numbers over all cells that have both, and how many those are.
+
+    1: the same order; 0: unrelated; −1: reversed. None below two cells.
+    """
+    pairs = [
+        (paper, ours.value)
+        for cell in each.cells
+        if (paper := paper_value(each.experiment, cell)) is not None
+        and (ours := cell.estimates.get(each.experiment.show.value)) is not None
+    ]
+    if len(pairs) < 2:
+        return None
+    papers, ours_all = zip(*pairs, strict=True)
+    return float(kendalltau(papers, ours_all).statistic), len(pairs)
+
+
+def _plain(value: float, measure: Measure) -> str:
+    """A number without an interval, in the digits of `number`."""
+    return f"{value:.1f}" if measure == "score" else f"{value:.2f}"

@@ -14,18 +14,21 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from dt.errors import UserError
 from dt.tasks import get_task
-from orchestrator.plan import trained
-from orchestrator.recipes import Evaluate, Merge, Perturb, Train
-from orchestrator.rows import episode_rows, parameter_counts, policy_row, run_row, run_rows
+from orchestrator.making import realise
+from orchestrator.messages import Failure, describe, explain
+from orchestrator.recipes import Evaluate, Fisher, Trained, ingredients
+from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
 
 if TYPE_CHECKING:
+    from dt.merging.merge import Fisher as FisherEstimate
     from dt.model.policy import Policy
+    from orchestrator.making import Made
 
-Weights = Mapping[str, NDArray[np.float32]]
+Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
+Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
 
 # One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy
@@ -44,37 +47,16 @@ class Rows:
     runs: pa.Table
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A recipe that could not be computed, and why, in one sentence."""
-
-    recipe: str
-    what: str
-    why: str
-
-
 Job = tuple[Evaluate, ...]
 
 
-def realise(recipe: Train | Merge | Perturb, experts: Mapping[str, Policy]) -> Policy:
-    """The policy a recipe describes, made from trained ones by recipe id."""
-    from dt.merging.merge import merge, perturb
-
-    match recipe:
-        case Train():
-            return experts[recipe.id]
-        case Merge():
-            return merge([realise(source, experts) for source in recipe.sources], recipe.group, recipe.alpha)
-        case Perturb():
-            return perturb(realise(recipe.policy, experts), recipe.group, recipe.how, recipe.seed)
-
-
-def evaluate_job(job: Job, experts: Mapping[str, Policy], threads: int) -> list[Rows]:
+def evaluate_job(job: Job, made: Made, threads: int) -> list[Rows]:
     """The rows of evaluations that differ in their policy only, all rolled out together."""
+    from dt.model.size import size_of
     from dt.rollout.evaluate import evaluate
 
     started, clock, first = datetime.now(UTC), time.perf_counter(), job[0]
-    policies = [realise(evaluation.policy, experts) for evaluation in job]
+    policies = [realise(evaluation.policy, made) for evaluation in job]
     results = evaluate(
         policies,
         get_task(first.task),
@@ -88,7 +70,7 @@ def evaluate_job(job: Job, experts: Mapping[str, Policy], threads: int) -> list[
         Rows(
             evaluation.id,
             episode_rows(evaluation, result),
-            policy_row(evaluation.policy, *parameter_counts(policy, evaluation.task)),
+            policy_row(evaluation.policy, size_of(policy)),
             run_rows(run_row(evaluation, started, seconds, threads=threads, precision=evaluation.precision)),
         )
         for evaluation, policy, result in zip(job, policies, results, strict=True)
@@ -104,26 +86,33 @@ class RolloutWorker:
 
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and we never write to it
-        self._experts: dict[str, Policy] = {}
+        self._made: dict[str, Policy | FisherEstimate] = {}
 
     def ready(self) -> None:
         """Returns once the process lives."""
 
-    def evaluate(self, job: Job, weights: Mapping[str, tuple[Train, ray.ObjectRef[Weights]]]) -> list[Rows]:
-        """The rows of a job whose policies are made of those trained ones."""
+    def evaluate(self, job: Job, weights: Mapping[str, Sent]) -> list[Rows]:
+        """The rows of a job whose policies are made of those ingredients."""
+        import torch
+
         from dt.model.policy import Policy
 
         for recipe_id, (recipe, reference) in weights.items():
-            if recipe_id not in self._experts:
-                self._experts[recipe_id] = Policy.from_arrays(ray.get(reference), recipe.architecture)
-        return evaluate_job(job, self._experts, threads=1)
+            if recipe_id not in self._made:
+                arrays = ray.get(reference)
+                self._made[recipe_id] = (
+                    {name: torch.from_numpy(array) for name, array in arrays.items()}
+                    if isinstance(recipe, Fisher)
+                    else Policy.from_arrays(arrays, recipe.architecture)
+                )
+        return evaluate_job(job, self._made, threads=1)
 
 
 @ray.remote(num_cpus=0)
 class RolloutPool:
     """Hands jobs to the workers as they become idle. All trials of a sweep share one pool."""
 
-    def __init__(self, weights: Mapping[str, tuple[Train, ray.ObjectRef[Weights]]]) -> None:
+    def __init__(self, weights: Mapping[str, Sent]) -> None:
         self._weights = weights
         self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if one could not start
 
@@ -143,7 +132,7 @@ class RolloutPool:
 
     async def evaluate(self, job: Job) -> list[Rows] | list[Failure]:
         """The job's rows; or, should it kill its worker or raise, a failure for each of its evaluations."""
-        needed = {train.id: self._weights[train.id] for evaluation in job for train in trained(evaluation.policy)}
+        needed = {part.id: self._weights[part.id] for evaluation in job for part in ingredients(evaluation)}
         worker = await self._idle.get()
         try:
             if isinstance(worker, RayError):
@@ -159,29 +148,3 @@ class RolloutPool:
 def jobs_of(line: Sequence[Evaluate]) -> list[Job]:
     """A line cut into jobs."""
     return [tuple(line[start : start + POLICIES_PER_JOB]) for start in range(0, len(line), POLICIES_PER_JOB)]
-
-
-def describe(recipe: Train | Merge | Perturb | Evaluate) -> str:
-    """A recipe in a few words, for messages."""
-    match recipe:
-        case Train():
-            quality = f"{recipe.dataset.quality} " if recipe.dataset.quality else ""
-            return f"the {quality}{recipe.task} policy of seed {recipe.seed}"
-        case Merge():
-            weight = "" if recipe.alpha is None else f" at alpha {recipe.alpha:g}"
-            return f"{' with '.join(describe(source) for source in recipe.sources)} merged in {recipe.group}{weight}"
-        case Perturb():
-            return f"{describe(recipe.policy)} with {recipe.how} {recipe.group}"
-        case Evaluate():
-            return f"the evaluation {recipe.id} on {recipe.task} of {describe(recipe.policy)}"
-
-
-def explain(error: BaseException) -> str:
-    """What went wrong on a worker, in one sentence."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, UserError):
-        return str(cause)
-    if isinstance(cause, RayError):
-        return "its process died again and again (memory?)"
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

@@ -8,21 +8,37 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
 from dt.scores import normalised_score
 from dt.tasks import get_task
-from orchestrator.plan import trained
-from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train
+from orchestrator.recipes import (
+    AnyPolicy,
+    Assemble,
+    Evaluate,
+    FineTune,
+    Fisher,
+    Imported,
+    ImportLanguage,
+    Job,
+    Merge,
+    Perturb,
+    Pretrain,
+    Recording,
+    Train,
+    Trained,
+    TrainTogether,
+    Vote,
+    tasks_of,
+    trained,
+)
 from orchestrator.tables import SCHEMAS
 
 if TYPE_CHECKING:
-    from dt.model.policy import Policy
+    from dt.model.size import Size
     from dt.rollout.evaluate import Episodes
-
-STATISTICS = ("state_mean", "state_std", "best_return")  # in a head, but not trained
 
 
 def episode_rows(evaluation: Evaluate, episodes: Episodes) -> pa.Table:
@@ -48,52 +64,98 @@ def episode_rows(evaluation: Evaluate, episodes: Episodes) -> pa.Table:
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
-def training_rows(recipe: Train, metrics: Sequence[Mapping[str, float]]) -> pa.Table:
-    """One row a logged step, for `training`."""
-    constant = {"policy": recipe.id, "task": recipe.task}
+def training_rows(recipe: Job, metrics: Sequence[Mapping[str, float]]) -> pa.Table:
+    """One row a logged step, for `training`; what has no column there, as the loss of one task of several, is left."""
+    constant = {"policy": recipe.id, "task": "language" if isinstance(recipe, Pretrain) else recipe.task}
     return pa.Table.from_pylist([constant | dict(row) for row in metrics], SCHEMAS["training"])
 
 
-def policy_row(recipe: Train | Merge | Perturb, trunk_parameters: int, head_parameters: int) -> pa.Table:
+def policy_row(recipe: AnyPolicy, size: Size) -> pa.Table:
     """The recipe unfolded into the columns a person filters by, for `policies`."""
     parts = list(dict.fromkeys(trained(recipe)))
     target = parts[0]
-    dataset, architecture, optimisation = target.dataset, target.architecture, target.optimisation
+    dataset, architecture, optimisation = target.datasets[0], target.architecture, target.optimisation
+    merge, tuned = _within(recipe, Merge), _within(recipe, FineTune)
+    auxiliaries = None if isinstance(target, TrainTogether) else target.auxiliaries
+    whole = isinstance(recipe, Assemble | TrainTogether | Vote)
     row: dict[str, Any] = {
         "policy": recipe.id,
         "kind": recipe.kind,
-        "task": target.task,
+        "task": "+".join(tasks_of(recipe)) if whole else tasks_of(recipe)[0],
         "source_tasks": "+".join(part.task for part in parts),
         "sources": "+".join(part.id for part in parts),
         "quality": dataset.quality,
         "dataset": dataset.source if isinstance(dataset, Imported) else "recorded",
         "recorded_episodes": dataset.episodes if isinstance(dataset, Recording) else None,
-        "group": None if isinstance(recipe, Train) else recipe.group,
-        "alpha": recipe.alpha if isinstance(recipe, Merge) else None,
-        "method": _method(recipe),
-        "initialisation": "random",
+        "group": recipe.group if isinstance(recipe, Perturb) else merge.group if merge else None,
+        "alpha": merge.alpha if merge else None,
+        "method": _method(recipe, merge),
+        "frozen": tuned.frozen if tuned else None,
+        "initialisation": _initialisation(target),
+        "cosine": auxiliaries.cosine if auxiliaries else 0.0,
+        "co_training": auxiliaries.language if auxiliaries else 0.0,
+        "distance": auxiliaries.distance if auxiliaries else 0.0,
         "seed": target.seed,
         "perturbation_seed": recipe.seed if isinstance(recipe, Perturb) and recipe.how == "random" else None,
         **architecture.model_dump(),
         **optimisation.model_dump(),
-        "trunk_parameters": trunk_parameters,
-        "head_parameters": head_parameters,
+        "trunk_parameters": size.shared + size.specific,
+        "head_parameters": size.heads,
+        "specific_parameters": size.specific,
+        "mask_bits": size.mask_bits,
+        "transformer_size": size.transformer,
         "recipe": recipe.canonical_json(),
     }
     return pa.Table.from_pylist([row], SCHEMAS["policies"])
 
 
-def parameter_counts(policy: Policy, task: str) -> tuple[int, int]:
-    """(of the trunk, of the task's head); statistics of the data are no parameters."""
-    head = policy.heads[task]
-    return (
-        sum(tensor.numel() for tensor in policy.trunk.values()),
-        sum(tensor.numel() for name, tensor in head.items() if name not in STATISTICS),
-    )
+W = TypeVar("W", Merge, FineTune)
+
+
+def _within(recipe: AnyPolicy, kind: type[W]) -> W | None:
+    """The merge or fine-tuning nearest to the surface of a recipe, of its first task."""
+    match recipe:
+        case _ if isinstance(recipe, kind):
+            return recipe
+        case FineTune() | Perturb() | Vote():
+            return _within(recipe.policy, kind)
+        case Assemble():
+            return _within(recipe.policies[0], kind)
+        case _:
+            return None
+
+
+def _method(recipe: AnyPolicy, merge: Merge | None) -> str | None:
+    match recipe:
+        case Perturb():
+            return recipe.how
+        case Vote():
+            return f"HarmoDT, {recipe.threshold} votes"
+        case TrainTogether():
+            return f"HarmoDT, {recipe.harmony.importance}" if recipe.harmony else "multi-task"
+        case _ if merge is None:
+            return None
+        case _ if merge.fisher is not None:
+            return f"Fisher, {merge.fisher.estimates[0].variant}"
+        case _:
+            return "mean" if merge.alpha is None else "interpolate"
+
+
+def _initialisation(target: Trained) -> str:
+    """What the first training behind a policy began from."""
+    match target:
+        case Train(language=Pretrain() as language):
+            return f"pretrained on {language.corpus}"
+        case Train(language=ImportLanguage() as language):
+            return language.source
+        case FineTune():
+            return _initialisation(next(trained(target.policy)))
+        case _:
+            return "random"
 
 
 def run_row(
-    recipe: Recording | Train | Evaluate,
+    recipe: Recording | Job | Fisher | ImportLanguage | Evaluate,
     started: datetime,
     seconds: float,
     *,
@@ -117,16 +179,6 @@ def run_row(
 def run_rows(row: Mapping[str, Any]) -> pa.Table:
     """`run_row`'s result, which travels as JSON, in the table's types."""
     return pa.Table.from_pylist([{**row, "started": datetime.fromisoformat(row["started"])}], SCHEMAS["runs"])
-
-
-def _method(recipe: Train | Merge | Perturb) -> str | None:
-    match recipe:
-        case Merge():
-            return "mean" if recipe.alpha is None else "interpolate"
-        case Perturb():
-            return recipe.how
-        case Train():
-            return None
 
 
 @cache

@@ -1,6 +1,6 @@
 """The results folder: content-addressed artefacts, written whole or not at all.
 
-<root>/artefacts/<recipe id>/policy.safetensors   a trained policy, its recipe in the header
+<root>/artefacts/<recipe id>/*.safetensors        a policy, a language model or a Fisher, its recipe in the header
 <root>/datasets/                                  Minari root of what was recorded here
 <root>/training/<recipe id>/                      Ray Train's checkpoints, until the policy is committed
 <root>/tables/                                    rows (tables.py)
@@ -13,18 +13,26 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dt.errors import UserError
 
 if TYPE_CHECKING:  # torch takes a second to import, and `mergedt query` does not need it
+    from dt.language.model import LanguageModel
+    from dt.merging.merge import Fisher
     from dt.model.policy import Policy
-    from orchestrator.recipes import Recipe, Train
+    from orchestrator.recipes import Artefact, Job, Language, Recipe, Trained
+    from orchestrator.recipes import Fisher as FisherRecipe
 
-POLICY, OUTCOME = "policy.safetensors", "outcome.json"
+    Value = Policy | LanguageModel | Fisher
+
+V = TypeVar("V")
+OUTCOME = "outcome.json"
+_FILES = {"pretrain": "language.safetensors", "import-language": "language.safetensors", "fisher": "fisher.safetensors"}
+POLICY = "policy.safetensors"  # of all other kinds
 
 
 class Store:
@@ -37,46 +45,47 @@ class Store:
         self.training = self.root / "training"
         self.tables = self.root / "tables"
 
-    def policy_path(self, recipe: Recipe) -> Path:
-        """Where the recipe's policy is or will be."""
-        return self.artefacts / recipe.id / POLICY
+    def path(self, recipe: Artefact) -> Path:
+        """Where the recipe's artefact is or will be."""
+        return self.artefacts / recipe.id / file_name(recipe)
 
     def training_path(self, recipe: Recipe) -> Path:
         """Where the recipe's unfinished training lives."""
         return self.training / recipe.id
 
-    def has_policy(self, recipe: Recipe) -> bool:
-        """Whether the recipe's policy has been committed."""
-        return self.policy_path(recipe).is_file()
+    def has(self, recipe: Artefact) -> bool:
+        """Whether the recipe's artefact has been committed."""
+        return self.path(recipe).is_file()
 
-    def policies(self) -> frozenset[str]:
-        """The ids of all committed policies, in one listing."""
+    def stored(self) -> frozenset[str]:
+        """The ids of all committed artefacts, in one listing."""
         if not self.artefacts.is_dir():
             return frozenset()
-        return frozenset(folder.name for folder in self.artefacts.iterdir() if (folder / POLICY).is_file())
+        files = {POLICY, *_FILES.values()}
+        return frozenset(path.parent.name for name in files for path in self.artefacts.glob(f"*/{name}"))
 
-    def save_policy(self, recipe: Recipe, policy: Policy) -> Path:
-        """Commit a policy under its recipe's id. Raises UserError when the disk refuses; nothing half-written stays."""
-        path = self.policy_path(recipe)
-        _save(recipe, policy, path)
+    def save(self, recipe: Artefact, value: Value) -> Path:
+        """Commit an artefact under its recipe's id. Raises UserError when the disk refuses; no half of it stays."""
+        path = self.path(recipe)
+        _save(recipe, value, path)
         return path
 
-    def save_trained(self, recipe: Train, policy: Policy, outcome: Mapping[str, Any]) -> None:
+    def save_trained(self, recipe: Job, value: Value, outcome: Mapping[str, Any]) -> None:
         """Leave a finished training in its own folder, from where the driver adopts it; the outcome, as JSON, last."""
         folder = self.training_path(recipe)
-        _save(recipe, policy, folder / POLICY)
+        _save(recipe, value, folder / file_name(recipe))
         write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
 
-    def adopt_trained(self, recipe: Train) -> dict[str, Any] | None:
-        """Commit the policy of a finished training and return its outcome; None when it has not finished."""
-        folder, path = self.training_path(recipe), self.policy_path(recipe)
+    def adopt_trained(self, recipe: Job) -> dict[str, Any] | None:
+        """Commit what a finished training made and return its outcome; None when it has not finished."""
+        folder, path = self.training_path(recipe), self.path(recipe)
         if not (folder / OUTCOME).is_file():
             return None
         outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
-        if (folder / POLICY).is_file():  # not when a kill came right after the move
+        if (folder / path.name).is_file():  # not when a kill came right after the move
             with explained(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (folder / POLICY).replace(path)
+                (folder / path.name).replace(path)
                 flush_folder(path.parent)
         return outcome
 
@@ -84,22 +93,37 @@ class Store:
         """Ids of the recipes whose training has begun and is not committed."""
         return frozenset(path.name for path in self.training.iterdir()) if self.training.is_dir() else frozenset()
 
-    def load_policy(self, recipe: Train) -> Policy:
+    def load_policy(self, recipe: Trained) -> Policy:
         """The recipe's committed policy.
 
-        Raises UserError naming the file when it is missing, truncated, or the policy of another recipe.
+        Raises UserError naming the file when it is missing, truncated, or that of another recipe.
         """
-        from safetensors import safe_open
-
         from dt.model.policy import load_policy
 
-        path = self.policy_path(recipe)
-        policy = load_policy(path)
+        return self._load(recipe, load_policy)
+
+    def load_language(self, recipe: Language) -> LanguageModel:
+        """The recipe's committed language model; errors as for a policy."""
+        from dt.language.model import load_language_model
+
+        return self._load(recipe, load_language_model)
+
+    def load_fisher(self, recipe: FisherRecipe) -> Fisher:
+        """The recipe's committed estimate; errors as for a policy."""
+        from dt.merging.fisher import load_fisher
+
+        return self._load(recipe, load_fisher)
+
+    def _load(self, recipe: Artefact, load: Callable[[Path], V]) -> V:
+        from safetensors import safe_open
+
+        path = self.path(recipe)
+        value = load(path)
         with safe_open(path, framework="np") as file:
             found = (file.metadata() or {}).get("recipe_id")
         if found != recipe.id:
-            raise UserError(f"{path} holds the policy of recipe {found}: delete it and run the same command again")
-        return policy
+            raise UserError(f"{path} holds what recipe {found} made: delete it and run the same command again")
+        return value
 
     def discard_training(self, recipe: Recipe) -> None:
         """Remove the checkpoints of a training whose policy is committed."""
@@ -138,12 +162,25 @@ class Store:
             yield
 
 
-def _save(recipe: Recipe, policy: Policy, path: Path) -> None:
-    from dt.model.policy import save_policy
+def file_name(recipe: Artefact) -> str:
+    """Of the recipe's artefact in its folder."""
+    return _FILES.get(recipe.kind, POLICY)
 
+
+def _save(recipe: Artefact, value: Value, path: Path) -> None:
+    from dt.language.model import LanguageModel, save_language_model
+    from dt.merging.fisher import save_fisher
+    from dt.model.policy import Policy, save_policy
+
+    header = {"recipe": recipe.canonical_json(), "recipe_id": recipe.id}
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_policy(policy, path, {"recipe": recipe.canonical_json(), "recipe_id": recipe.id})
+        if isinstance(value, Policy):
+            save_policy(value, path, header)
+        elif isinstance(value, LanguageModel):
+            save_language_model(value, path, header)
+        else:
+            save_fisher(value, path, header)
         flush_folder(path.parent)
 
 

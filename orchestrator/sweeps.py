@@ -9,10 +9,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from orchestrator.plan import trained
+from orchestrator.messages import Failure, explain
 from orchestrator.progress import Phase
-from orchestrator.recipes import Evaluate, Train
-from orchestrator.rollouts import Failure, RolloutPool, Rows, explain, jobs_of
+from orchestrator.recipes import Artefact, Evaluate, Fisher, Merge, Perturb, Trained, ingredients, trained
+from orchestrator.rollouts import RolloutPool, Rows, Weights, jobs_of
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
@@ -21,7 +21,8 @@ Line = tuple[Evaluate, ...]
 
 
 def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
-    """Group evaluations into lines: the whole α grid of one pair and group, or one policy alone. Order is kept."""
+    """Group evaluations into lines: the whole α grid of one pair and group, all perturbations of one policy's group, or
+    one policy alone. Order is kept."""
     lines: dict[tuple[object, ...], list[Evaluate]] = {}
     for evaluation in evaluations:
         lines.setdefault(_line_key(evaluation), []).append(evaluation)
@@ -31,17 +32,18 @@ def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
 def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
     policy = evaluation.policy
     settings = (evaluation.task, evaluation.episodes, evaluation.seed, evaluation.target_return, evaluation.precision)
-    group = None if isinstance(policy, Train) else policy.group
-    return (*settings, policy.kind, group, *(train.id for train in trained(policy)))
+    if isinstance(policy, Merge | Perturb):
+        return (*settings, policy.kind, policy.group, *(train.id for train in trained(policy)))
+    return (*settings, policy.id)
 
 
 def sweep(
     evaluations: Sequence[Evaluate], store: Store, tables: Tables, *, workers: int, phase: Phase
 ) -> list[Failure]:
-    """Evaluate and commit all of them; returns those that failed. Their trained policies must be in the store."""
-    experts = {train.id: train for evaluation in evaluations for train in trained(evaluation.policy)}
+    """Evaluate and commit all of them; returns those that failed. What they are made of must be in the store."""
+    parts = {part.id: part for evaluation in evaluations for part in ingredients(evaluation)}
     # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
-    weights = {train.id: (train, ray.put(store.load_policy(train).arrays())) for train in experts.values()}
+    weights = {part.id: (part, ray.put(_arrays(part, store))) for part in parts.values()}
     pool = RolloutPool.remote(weights)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
     lines = lines_of(evaluations)
@@ -69,6 +71,13 @@ def sweep(
         del recruited  # kept until here: a dropped reference may cancel the call
         ray.kill(pool)  # and its workers with it
     return [*failures, *(Failure("", "a line of the sweep", explain(error)) for error in died)]
+
+
+def _arrays(part: Artefact, store: Store) -> Weights:
+    if isinstance(part, Fisher):
+        return {name: tensor.numpy() for name, tensor in store.load_fisher(part).items()}
+    assert isinstance(part, Trained)
+    return store.load_policy(part).arrays()
 
 
 def _run_line(config: dict[str, Any], pool: Any, lines: list[bytes]) -> None:

@@ -67,10 +67,13 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
         "training": TableSpec(
             _schema(
                 {
-                    "policy": (TEXT, "id of the Train recipe"),
-                    "task": (TEXT, "task it was trained for"),
+                    "policy": (TEXT, "id of the recipe that was trained"),
+                    "task": (TEXT, "task it was trained for; several joined by +; `language` for a language model"),
                     "step": (INTEGER, "optimiser steps taken"),
-                    "loss": (REAL, "mean action loss over the steps since the row before"),
+                    "loss": (REAL, "mean over the steps since the row before: action loss, plus weighted others"),
+                    "cosine": (REAL, "the cosine loss alone, unweighted; null where there is none"),
+                    "language": (REAL, "the language loss alone"),
+                    "distance": (REAL, "the distance to the start alone"),
                     "gradient_norm": (REAL, "of the last step, before clipping"),
                     "learning_rate": (REAL, "of the last step"),
                     "seconds": (REAL, "wall time of the steps since the row before"),
@@ -83,8 +86,8 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
             _schema(
                 {
                     "policy": (TEXT, "id of the policy's recipe"),
-                    "kind": (TEXT, "train, merge or perturb"),
-                    "task": (TEXT, "task of its head: the target's, for a merge"),
+                    "kind": (TEXT, "train, train-together, fine-tune, merge, perturb, assemble or vote"),
+                    "task": (TEXT, "task of its head: the target's, for a merge; of several, joined by +"),
                     "source_tasks": (TEXT, "tasks of all trained policies it is made of, target first, joined by +"),
                     "sources": (TEXT, "ids of those policies, joined by +"),
                     "quality": (TEXT, "quality of the target's dataset: medium, expert, medium-expert"),
@@ -92,8 +95,16 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "recorded_episodes": (INTEGER, "episodes asked of each behaviour policy; null when imported"),
                     "group": (TEXT, "parameters merged or perturbed; null when trained"),
                     "alpha": (REAL, "weight of the source in a pair; null for the uniform mean and when not merged"),
-                    "method": (TEXT, "mean, interpolate, random, identity or removed; null when trained"),
-                    "initialisation": (TEXT, "of the target's training"),
+                    "method": (
+                        TEXT,
+                        "mean, interpolate, Fisher with its variant, random, identity, removed, multi-task or HarmoDT "
+                        "with its variant; null for a single-task policy",
+                    ),
+                    "frozen": (TEXT, "group frozen while fine-tuning; null otherwise"),
+                    "initialisation": (TEXT, "of the first training behind the target: random, or a language model"),
+                    "cosine": (REAL, "λ1 of the target's training: cosine to token clusters"),
+                    "co_training": (REAL, "λ2 of the target's training: language loss"),
+                    "distance": (REAL, "λ3 of the target's training: distance to the start"),
                     "seed": (INTEGER, "of the target's training"),
                     "perturbation_seed": (INTEGER, "of the random draw; null otherwise"),
                     "width": (SHORT, "of the residual stream"),
@@ -110,8 +121,11 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "clip_norm": (REAL, "global gradient norm"),
                     "dropout": (REAL, "probability"),
                     "precision": (TEXT, "of the matrix products in training"),
-                    "trunk_parameters": (INTEGER, "count"),
-                    "head_parameters": (INTEGER, "count, of the task's head"),
+                    "trunk_parameters": (INTEGER, "count, shared and of single tasks"),
+                    "head_parameters": (INTEGER, "count, of all its heads"),
+                    "specific_parameters": (INTEGER, "of the trunk's: those of single tasks"),
+                    "mask_bits": (INTEGER, "entries of all tasks' masks"),
+                    "transformer_size": (REAL, "blocks stored / blocks of one trunk: the paper's measure"),
                     "recipe": (TEXT, "canonical JSON of the recipe: its SHA-256 begins with the id"),
                 }
             ),
@@ -122,7 +136,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
             _schema(
                 {
                     "recipe": (TEXT, "id of what was computed"),
-                    "kind": (TEXT, "recording, train or evaluate"),
+                    "kind": (TEXT, "of the recipe: recording, train, fine-tune, fisher, evaluate, …"),
                     "started": (TIME, "UTC"),
                     "seconds": (
                         REAL,

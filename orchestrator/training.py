@@ -1,4 +1,5 @@
 """Training on Ray Train: one `TorchTrainer` a recipe, named by the recipe's id, launched from a thin Tune trial.
+Fisher estimates and imports of language models take no steps and run as plain Ray tasks.
 
 The worker keeps checkpoints under `training/<id>/` and, when it is through, leaves the policy and its rows there; the
 driver alone moves them into the store and the tables. A run that is killed, anywhere, goes on from its last checkpoint.
@@ -17,24 +18,25 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from dt.errors import UserError
-from dt.tasks import get_task
+from orchestrator.messages import Failure, describe, explain
 from orchestrator.progress import Phase
-from orchestrator.recipes import Imported, Train
-from orchestrator.rollouts import Failure, describe, explain
-from orchestrator.rows import parameter_counts, policy_row, run_row, run_rows, training_rows
+from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
+from orchestrator.rows import policy_row, run_row, run_rows, training_rows
 from orchestrator.store import Store, write_atomically
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
-    from dt.data.trajectories import Trajectories
     from dt.training.loop import TrainingState
 
 LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
 MAX_FAILURES = 3  # lost workers a run survives; a mistake of the user is not tried again
 PROGRESS_SECONDS = 2.0
+_JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
 _STATE, _LOG, _PROGRESS = "state.safetensors", "log.json", "progress.json"
 
 _ENVIRONMENT = {
@@ -70,7 +72,7 @@ class _Work:
 
 
 def train_all(
-    recipes: Sequence[Train], store: Store, tables: Tables, *, slots: Slots, checkpoint_seconds: float, phase: Phase
+    recipes: Sequence[Job], store: Store, tables: Tables, *, slots: Slots, checkpoint_seconds: float, phase: Phase
 ) -> list[Failure]:
     """Train and commit all of them; returns those that failed."""
     from orchestrator.tuning import run_trials
@@ -99,23 +101,61 @@ def train_all(
     return [*failures, *(Failure("", "a training", explain(error)) for error in died)]
 
 
-def commit_outcome(recipe: Train, store: Store, tables: Tables) -> bool:
+def compute_all(
+    recipes: Sequence[Fisher | ImportLanguage], store: Store, tables: Tables, *, phase: Phase
+) -> list[Failure]:
+    """Compute and commit all of them; returns those that failed."""
+    import ray
+
+    failures: list[Failure] = []
+    task = ray.remote(num_cpus=1, max_retries=MAX_FAILURES)(_compute)
+    place = {task.remote(recipe, str(store.root)): recipe for recipe in recipes}
+    waiting = list(place)
+    while waiting:
+        (reference,), waiting = ray.wait(waiting)
+        recipe = place.pop(reference)
+        try:
+            run = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            failures.append(Failure(recipe.id, describe(recipe), explain(error)))
+        else:
+            tables.append("runs", recipe.id, run_rows(run))
+        phase.advance(1, describe(recipe))
+    return failures
+
+
+def _compute(recipe: Fisher | ImportLanguage, results: str) -> dict[str, Any]:
+    """In a Ray task: make it and commit it, for two that commit the same write the same."""
+    import torch
+
+    from orchestrator.making import compute
+
+    torch.set_num_threads(1)
+    store, started, clock = Store(Path(results)), datetime.now(UTC), time.perf_counter()
+    store.save(recipe, compute(recipe, store))
+    return run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32")
+
+
+def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
     """Commit what a finished training left under `training/<id>/`, if it did; a kill in between is made good next time.
 
     Policy first, then rows, then the folder goes: as long as it is there, the outcome can be committed again.
     """
+    from dt.model.size import Size
+
     outcome = store.adopt_trained(recipe)
     if outcome is None:
         return False
     tables.append("training", recipe.id, training_rows(recipe, outcome["metrics"]))
-    tables.append("policies", recipe.id, policy_row(recipe, *outcome["parameters"]))
+    if not isinstance(recipe, Pretrain):
+        tables.append("policies", recipe.id, policy_row(recipe, Size(**outcome["size"])))
     tables.append("runs", recipe.id, run_rows(outcome["run"]))
     store.discard_training(recipe)
     return True
 
 
 @contextmanager
-def _watched(recipes: Sequence[Train], finished: Set[str], store: Store, phase: Phase) -> Iterator[None]:
+def _watched(recipes: Sequence[Job], finished: Set[str], store: Store, phase: Phase) -> Iterator[None]:
     """Show the steps that the workers note in their folders. Through Ray this would take an actor for each training."""
 
     def show() -> None:
@@ -139,7 +179,7 @@ def _watched(recipes: Sequence[Train], finished: Set[str], store: Store, phase: 
         show()
 
 
-def _read_progress(store: Store, recipe: Train) -> dict[str, Any] | None:
+def _read_progress(store: Store, recipe: Job) -> dict[str, Any] | None:
     try:
         progress: dict[str, Any] = json.loads((store.training_path(recipe) / _PROGRESS).read_text())
     except (OSError, ValueError):  # not begun, or committed and gone
@@ -158,7 +198,7 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
 
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     work = _Work(**config["work"])
-    recipe = Train.model_validate_json(work.recipe)
+    recipe = _JOB.validate_json(work.recipe)
     trainer = TorchTrainer(
         _train_worker,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config=config["work"],
@@ -201,32 +241,24 @@ def _train(work: _Work) -> None:
     import ray.train
     import torch
 
-    from dt.training.loop import train
+    from dt.language.model import LanguageModel
+    from dt.model.size import size_of
+    from dt.training.loop import run
+    from orchestrator.making import begin, finish
 
-    recipe, store = Train.model_validate_json(work.recipe), Store(Path(work.results))
+    recipe, store = _JOB.validate_json(work.recipe), Store(Path(work.results))
     torch.set_num_threads(work.threads)
     device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
-    trajectories = load_dataset(recipe, store)
+    begun: TrainingState[Any] = begin(recipe, store, device)
     with _resumed() as (state_file, log):
         cadence, progress = _Cadence(work.checkpoint_seconds), _Cadence(PROGRESS_SECONDS)
-        for state in train(
-            get_task(recipe.task),
-            trajectories,
-            recipe.architecture,
-            recipe.optimisation,
-            recipe.seed,
-            resume=state_file,
-            log_every=LOG_EVERY,
-            device=device,
-        ):
+        for state in run(begun, resume=state_file, log_every=LOG_EVERY):
             log.add(state)
             if progress.due():
                 with progress.measured():
                     note = json.dumps({"step": state.step, "loss": state.metrics["loss"]})
                     _note(store.training_path(recipe) / _PROGRESS, note)
-            if state.done:
-                policy = state.policy()
-            elif cadence.due():
+            if not state.done and cadence.due():
                 with cadence.measured(), tempfile.TemporaryDirectory() as folder:
                     state.save(Path(folder, _STATE))
                     write_atomically(Path(folder, _LOG), log.to_json())
@@ -234,11 +266,12 @@ def _train(work: _Work) -> None:
                         {"step": state.step, "loss": state.metrics["loss"]},
                         checkpoint=ray.train.Checkpoint.from_directory(folder),
                     )
-    run = run_row(
+    made = finish(recipe, begun.result())
+    ran = run_row(
         recipe, log.started, log.seconds, threads=work.threads, precision=recipe.optimisation.precision, gpu=gpu
     )
-    parameters = parameter_counts(policy, recipe.task)
-    store.save_trained(recipe, policy, {"metrics": log.metrics, "parameters": parameters, "run": run})
+    size = None if isinstance(made, LanguageModel) else size_of(made).model_dump()
+    store.save_trained(recipe, made, {"metrics": log.metrics, "size": size, "run": ran})
 
 
 def _note(path: Path, text: str) -> None:
@@ -247,22 +280,6 @@ def _note(path: Path, text: str) -> None:
     with suppress(OSError):
         temporary.write_text(text)
         temporary.replace(path)
-
-
-def load_dataset(recipe: Train, store: Store) -> Trajectories:
-    """The data of a recipe. Raises UserError when it is missing, damaged, or not the one the recipe names."""
-    from dt.data.sources import load_imported, load_recorded
-
-    dataset = recipe.dataset
-    if not isinstance(dataset, Imported):
-        return load_recorded(dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
-    trajectories = load_imported(dataset.source, dataset.task, store.datasets)
-    if trajectories.content_hash != dataset.content_hash:
-        raise UserError(
-            f"the dataset {dataset.source} has changed: its content is {trajectories.content_hash[:12]}…, the recipe's "
-            f"{dataset.content_hash[:12]}…; restore it, or run the command again to use the new one"
-        )
-    return trajectories
 
 
 class _Log:
@@ -283,7 +300,7 @@ class _Log:
         saved = {"metrics": self.metrics, "started": self.started.isoformat(), "seconds": self.seconds}
         return json.dumps(saved).encode()
 
-    def add(self, state: TrainingState) -> None:
+    def add(self, state: TrainingState[Any]) -> None:
         """One more row."""
         self.metrics.append(dict(state.metrics))
 

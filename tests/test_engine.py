@@ -21,15 +21,19 @@ from dt.data.sources import load_recorded
 from dt.errors import UserError
 from dt.merging.merge import merge, perturb
 from dt.model.policy import Policy
+from dt.model.size import size_of
 from dt.rollout.evaluate import evaluate
 from dt.scores import normalised_score
 from dt.tasks import get_task
-from dt.training.loop import train
+from dt.training.loop import run as steps_of
+from dt.training.objective import train
 from orchestrator.engine import Settings, run, slots_for
+from orchestrator.making import realise
+from orchestrator.messages import describe
 from orchestrator.progress import phase
 from orchestrator.recipes import Evaluate, Merge, Perturb, Train
-from orchestrator.rollouts import describe, jobs_of, realise
-from orchestrator.rows import parameter_counts, run_row
+from orchestrator.rollouts import jobs_of
+from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
 from orchestrator.sweeps import lines_of
@@ -49,9 +53,9 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Policy]
     for task in TASKS:
         record(task, "medium", 3, 0, root)
         data = load_recorded(task, "medium", 3, 0, root)
-        states = train(get_task(task), data, ARCHITECTURE, OPTIMISATION, 0, log_every=LOG_EVERY)
+        states = steps_of(train({task: data}, ARCHITECTURE, OPTIMISATION, 0), log_every=LOG_EVERY)
         logs[task] = [dict(state.metrics) | {"state": state} for state in states]
-        policies[task] = logs[task][-1]["state"].policy()
+        policies[task] = logs[task][-1]["state"].result()
     torch.set_num_threads(threads)
     return policies, logs
 
@@ -234,15 +238,14 @@ def test_a_training_killed_just_before_its_commit_is_committed_by_the_next_run(t
     (policy, metrics), began = (by_hand[0]["hopper"], by_hand[1]["hopper"]), datetime.now(UTC)
     rows = [{name: row[name] for name in row if name != "state"} for row in metrics]
     run_of_it = run_row(recipe, began, 1.0, threads=1, precision="float32")
-    store.save_trained(
-        recipe, policy, {"metrics": rows, "parameters": parameter_counts(policy, "hopper"), "run": run_of_it}
-    )
+    outcome = {"metrics": rows, "size": size_of(policy).model_dump(), "run": run_of_it}
+    store.save_trained(recipe, policy, outcome)
     assert run([recipe], Settings(results=tmp_path), QUIET).empty  # without Ray
     tables = Tables(tmp_path / "tables")
     assert tables.read("training")["loss"].to_pylist() == [row["loss"] for row in rows]
     assert tables.done("policies") == tables.done("runs") == {recipe.id}
     assert store.unfinished() == frozenset()
-    assert store.has_policy(recipe)
+    assert store.has(recipe)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():

@@ -14,7 +14,7 @@ from orchestrator.answers import baseline, select
 from orchestrator.data_choice import choose_data
 from orchestrator.experiment import Figure, Point, Setting, experiments, get_experiment, merged
 from orchestrator.profiles import PROFILES, get_profile
-from orchestrator.recipes import Evaluate, Merge, Perturb, Train, experts
+from orchestrator.recipes import Evaluate, Merge, Perturb, Train, trained
 
 LAPTOP = Setting(get_profile("laptop"), choose_data("recorded"))
 ONE_SEED = Setting(get_profile("laptop").with_seeds([0]), choose_data("recorded"))
@@ -51,7 +51,7 @@ def test_figure_2a_is_six_ordered_pairs_by_units_by_alphas() -> None:
     for point in merges:
         policy = point.evaluation.policy
         assert isinstance(policy, Merge)
-        assert [train.task for train in experts(policy)] == [point.labels["target"], point.labels["source"]]
+        assert [train.task for train in trained(policy)] == [point.labels["target"], point.labels["source"]]
         assert (policy.group, policy.alpha) == (point.labels["unit"], point.labels["alpha"])
         assert point.evaluation.task == point.labels["target"]
 
@@ -84,7 +84,7 @@ def test_figure_3_covers_the_grid_both_ways_and_shares_alpha_0() -> None:
     expert_ids = {point.evaluation.id for point in points("experts", LAPTOP)}
     assert {evaluation.id for evaluation in unmerged} <= expert_ids  # the very same evaluations
     for point in asked:
-        assert len({train.seed for train in experts(point.evaluation.policy)}) == 1  # pairs of one training seed
+        assert len({train.seed for train in trained(point.evaluation.policy)}) == 1  # pairs of one training seed
 
 
 def test_table_1_is_nine_policies_in_four_variants_with_one_draw() -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.training.optimisation import Optimisation
-from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train, closure, experts, inputs
+from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train, closure, inputs, trained
 
 HOPPER = Recording(task="hopper", quality="expert", episodes=25, seed=0)
 TRAIN = Train(dataset=HOPPER)
@@ -197,4 +197,4 @@ def test_the_closure_holds_every_input_once_before_what_needs_it():
     ]  # fmt: skip
     order = list(found)
     assert all(order.index(i.id) < order.index(r.id) for r in found.values() for i in inputs(r))
-    assert experts(evaluations[0].policy) == (TRAIN, OTHER)
+    assert tuple(trained(evaluations[0].policy)) == (TRAIN, OTHER)

@@ -21,7 +21,7 @@ from orchestrator.experiment import Claim, Point, Setting, experiments, get_expe
 from orchestrator.paper import NUMBERS
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Recording, Train
-from orchestrator.report import number, paper_score, write_report
+from orchestrator.report import number, paper_value, write_report
 from orchestrator.store import Store
 from orchestrator.tables import SCHEMAS, Tables
 
@@ -241,7 +241,7 @@ def test_the_paper_s_averages_come_out() -> None:
 
 def test_every_cell_of_table_1_has_its_printed_number(papers_world: Store) -> None:
     found = answered(papers_world, "table_1")
-    printed = [paper_score(found.experiment, cell) for cell in found.cells]
+    printed = [paper_value(found.experiment, cell) for cell in found.cells]
     assert len(printed) == 36
     assert None not in printed
     assert sum(value for value in printed if value is not None) == pytest.approx(

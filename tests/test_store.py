@@ -44,20 +44,20 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 def test_a_policy_comes_back_with_its_recipe_in_the_header(tmp_path):
     store, recipe = Store(tmp_path), expert("hopper")
     policy = fresh_policy(recipe)
-    path = store.save_policy(recipe, policy)
+    path = store.save(recipe, policy)
     assert path == tmp_path / "artefacts" / recipe.id / "policy.safetensors"
     loaded = store.load_policy(recipe).arrays()
     assert loaded.keys() == policy.arrays().keys()
     assert all((loaded[name] == array).all() for name, array in policy.arrays().items())
     with safe_open(path, framework="np") as file:
         assert file.metadata()["recipe"] == recipe.canonical_json()
-    assert store.policies() == {recipe.id}
+    assert store.stored() == {recipe.id}
     assert not list(tmp_path.glob("**/.*"))
 
 
 def test_a_truncated_policy_is_named(tmp_path):
     store, recipe = Store(tmp_path), expert("hopper")
-    path = store.save_policy(recipe, fresh_policy(recipe))
+    path = store.save(recipe, fresh_policy(recipe))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=rf"{path}.*delete it and run the same command again"):
         store.load_policy(recipe)
@@ -65,10 +65,10 @@ def test_a_truncated_policy_is_named(tmp_path):
 
 def test_a_policy_under_the_wrong_name_is_refused(tmp_path):
     store, hopper, other = Store(tmp_path), expert("hopper"), expert("hopper", steps=7)
-    path = store.save_policy(hopper, fresh_policy(hopper))
-    store.policy_path(other).parent.mkdir()
-    store.policy_path(other).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=f"holds the policy of recipe {hopper.id}"):
+    path = store.save(hopper, fresh_policy(hopper))
+    store.path(other).parent.mkdir()
+    store.path(other).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=f"holds what recipe {hopper.id}"):
         store.load_policy(other)
 
 
@@ -78,7 +78,7 @@ def test_a_finished_training_is_adopted_once_and_again_after_a_kill_in_between(t
     store.save_trained(recipe, fresh_policy(recipe), {"metrics": [1.5]})
     assert store.unfinished() == {recipe.id}
     assert store.adopt_trained(recipe) == {"metrics": [1.5]}
-    assert store.has_policy(recipe)
+    assert store.has(recipe)
     assert store.adopt_trained(recipe) == {"metrics": [1.5]}  # killed before its rows were written
     store.discard_training(recipe)
     assert store.unfinished() == frozenset()
@@ -151,8 +151,8 @@ def test_a_really_full_disk(tmp_path):
     try:
         store, recipe = Store(disk), expert("hopper")
         with pytest.raises(UserError, match=r"no space left|No space left"):
-            store.save_policy(recipe, fresh_policy(recipe))
-        assert not store.has_policy(recipe)
+            store.save(recipe, fresh_policy(recipe))
+        assert not store.has(recipe)
         with pytest.raises(UserError, match=r"no space left to write .* make room and run the same command again"):
             write_atomically(disk / "tables" / "rows.parquet", bytes(10**6))
         assert [path for path in disk.glob("**/*") if path.is_file()] == []

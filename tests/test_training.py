@@ -15,7 +15,9 @@ from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy
 from dt.tasks import get_task
-from dt.training.loop import NotFiniteLossError, action_loss, learning_rate, train
+from dt.training.loop import NotFiniteLossError, TrainingState, learning_rate
+from dt.training.loop import run as steps_of
+from dt.training.objective import action_loss, train
 from dt.training.optimisation import Optimisation
 
 HOPPER = get_task("hopper")
@@ -28,9 +30,15 @@ def data() -> Trajectories:
     return record_chunk("hopper", "medium", 0, 0, 2)
 
 
+def training(
+    data: Trajectories, optimisation: Optimisation = QUICK, seed: int = 0, architecture: Architecture = SMALL
+) -> TrainingState[Policy]:
+    return train({"hopper": data}, architecture, optimisation, seed)
+
+
 def run(data: Trajectories, optimisation: Optimisation = QUICK, seed: int = 0, resume: Path | None = None) -> Policy:
-    *_, last = train(HOPPER, data, SMALL, optimisation, seed, resume=resume, log_every=5)
-    return last.policy()
+    *_, last = steps_of(training(data, optimisation, seed), resume=resume, log_every=5)
+    return last.result()
 
 
 def same(a: Policy, b: Policy) -> bool:
@@ -39,7 +47,7 @@ def same(a: Policy, b: Policy) -> bool:
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(data: Trajectories, tmp_path: Path) -> None:
     whole = run(data)
-    for state in train(HOPPER, data, SMALL, QUICK, 0, log_every=5):
+    for state in steps_of(training(data), log_every=5):
         state.save(tmp_path / "state.safetensors")
         torch.rand(7)  # what others do with the process's random numbers does not matter
         if state.step == 5:
@@ -112,24 +120,24 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence_and_the_last_checkpoint_
     diverging = QUICK.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
 
     def train_and_save() -> None:
-        for state in train(HOPPER, data, SMALL, diverging, 0, log_every=1):
+        for state in steps_of(training(data, diverging), log_every=1):
             assert math.isfinite(state.metrics["loss"])
             state.save(path)
 
     with pytest.raises(NotFiniteLossError, match=r"hopper became (nan|inf) at step \d+: lower the learning rate"):
         train_and_save()
     with pytest.raises(NotFiniteLossError):  # the saved state is whole: resuming from it comes to the same end
-        list(train(HOPPER, data, SMALL, diverging, 0, resume=path, log_every=1))
+        list(steps_of(training(data, diverging), resume=path, log_every=1))
 
 
 def test_a_state_of_another_run_or_a_damaged_one_is_refused(data: Trajectories, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    next(train(HOPPER, data, SMALL, QUICK, 0, log_every=1)).save(path)
+    next(steps_of(training(data), log_every=1)).save(path)
     other = Architecture(width=32, layers=2, context=5)
     with pytest.raises(UserError, match="checkpoint of another architecture"):
-        next(train(HOPPER, data, other, QUICK, 0, resume=path))
+        next(steps_of(training(data, architecture=other), resume=path))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        next(train(HOPPER, data, SMALL, QUICK, 0, resume=path))
+        next(steps_of(training(data), resume=path))
     with pytest.raises(UserError):
-        next(train(get_task("walker2d"), data, SMALL, QUICK, 0))
+        train({"walker2d": data}, SMALL, QUICK, 0)

@@ -2,7 +2,7 @@
 
 from dt.model.architecture import Architecture
 from dt.training.optimisation import Optimisation
-from orchestrator.recipes import Evaluate, Merge, Perturb, Recording, Train
+from orchestrator.recipes import AnyPolicy, Evaluate, Merge, Perturb, Recording, Train
 
 TASKS = ("hopper", "walker2d")
 ARCHITECTURE = Architecture(width=16, layers=1, heads=1, context=5)
@@ -21,7 +21,7 @@ def expert(task: str, **changes: object) -> Train:
     )
 
 
-def evaluation(policy: Train | Merge | Perturb, task: str = "hopper", episodes: int = 2) -> Evaluate:
+def evaluation(policy: AnyPolicy, task: str = "hopper", episodes: int = 2) -> Evaluate:
     """Two episodes."""
     return Evaluate(policy=policy, task=task, episodes=episodes, seed=100)
 

@@ -35,11 +35,21 @@ class Windows:
     ends: npt.NDArray[np.int64]  # (N,) one past the last step of each step's episode
 
     @classmethod
-    def of(cls, trajectories: Trajectories, task: Task, context: int) -> "Windows":
-        """Normalise the states by the trajectories' own mean and deviation, scale the returns, clip the time steps."""
+    def of(
+        cls,
+        trajectories: Trajectories,
+        task: Task,
+        context: int,
+        statistics: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = None,
+    ) -> "Windows":
+        """Normalise the states, scale the returns, clip the time steps.
+
+        statistics: mean and deviation (S,) of the states; None: the trajectories' own.
+        """
+        mean, deviation = statistics or (trajectories.state_mean, trajectories.state_std)
         lengths, offsets = trajectories.lengths, trajectories.offsets
         elapsed = np.arange(trajectories.steps) - np.repeat(offsets[:-1], lengths)
-        states = (trajectories.observations - trajectories.state_mean) / trajectories.state_std
+        states = (trajectories.observations - mean) / deviation
         return cls(
             context=context,
             returns_to_go=_padded(trajectories.returns_to_go[:, None] / np.float32(task.return_scale)),
@@ -53,7 +63,6 @@ class Windows:
         """Windows from uniformly drawn steps on, K steps long or to the end of the episode.
 
         That is the original code's draw: a trajectory in proportion to its length, then a uniform start in it.
-        it.
         """
         padding_row = len(self.ends)
         starts = rng.integers(len(self.ends), size=batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,16 +15,24 @@ from dt.model.policy import Policy
 from dt.model.trunk import Trunk
 
 Perturbation = Literal["random", "identity", "removed"]
+Fisher = Mapping[str, Tensor]  # trunk parameter → importance of each entry, ≥ 0
 
 
-def merge(policies: Sequence[Policy], group: str, alpha: float | None = None) -> Policy:
+def merge(
+    policies: Sequence[Policy],
+    group: str,
+    alpha: float | None = None,
+    fisher: Sequence[Fisher] | None = None,
+) -> Policy:
     """Merge `group` of several policies into the first, the target; its heads and other parameters stay its own.
 
-    Of a pair: (1−α)·target + α·source (§V); without `alpha`, or of more than two, the uniform mean. α = 0 gives the
-    target's parameters and α = 1 the source's bit for bit. Only parameters named in `group` are touched.
+    Of a pair: (1−α)·target + α·source (§V); without `alpha`, or of more than two, the uniform mean; with `fisher`, one
+    for each policy, Σ F_i θ_i / Σ F_i entry by entry (eq. 4), the mean where all F_i are 0 (the original divides 0 by
+    0). α = 0 gives the target's parameters and α = 1 the source's bit for bit, and mean and Fisher are bit for bit the
+    same in whatever order the policies come, so several targets end up with one and the same shared group.
 
     Raises UserError for fewer than two policies, different architectures, α outside [0, 1], α with more than two
-    policies, or an unknown group.
+    policies or with Fisher, policies whose tasks do not share one trunk, or an unknown group.
     """
     if len(policies) < 2:
         raise UserError(f"merging takes at least two policies, {len(policies)} given")
@@ -31,21 +40,84 @@ def merge(policies: Sequence[Policy], group: str, alpha: float | None = None) ->
     for policy in policies[1:]:
         if policy.architecture != target.architecture:
             raise UserError(f"cannot merge different architectures: {target.architecture} with {policy.architecture}")
-    if alpha is not None and len(policies) != 2:
-        raise UserError(f"alpha weighs a pair; {len(policies)} policies take their uniform mean (leave alpha out)")
+    if not all(policy.plain for policy in policies):
+        raise UserError("cannot merge policies whose tasks have trunk parameters or masks of their own")
+    if alpha is not None and (len(policies) != 2 or fisher is not None):
+        raise UserError(
+            f"alpha weighs a pair; {len(policies)} policies{' with Fisher' if fisher else ''} take their mean "
+            "(leave alpha out)"
+        )
     if alpha is not None and not 0 <= alpha <= 1:
         raise UserError(f"alpha must lie in [0, 1], {alpha} given")
+    if fisher is not None and len(fisher) != len(policies):
+        raise UserError(f"a Fisher merge takes one Fisher for each policy: {len(fisher)} for {len(policies)} given")
+    names = parameters_of(group, target.architecture)
+    if fisher is not None and not all(_weighs(each, target.trunk[name], name) for each in fisher for name in names):
+        raise UserError(
+            f"a Fisher merge takes finite numbers ≥ 0 for all of {group}: estimate every Fisher of its own policy"
+        )
 
     def combine(name: str) -> Tensor:
-        tensors = [policy.trunk[name] for policy in policies]
+        tensors = torch.stack([policy.trunk[name] for policy in policies])
+        if fisher is not None:
+            return _weighted(tensors, torch.stack([each[name] for each in fisher]))
         if alpha is None:
-            return torch.stack(tensors).mean(dim=0)
+            return _mean(tensors).float()
         if alpha in (0.0, 1.0):  # bit for bit: the formula below would turn −0 into 0
             return tensors[int(alpha)]
         return (1 - alpha) * tensors[0] + alpha * tensors[1]
 
-    names = parameters_of(group, target.architecture)
     return with_trunk(target, {name: combine(name) for name in names})
+
+
+def _weighs(fisher: Fisher, tensor: Tensor, name: str) -> bool:
+    weight = fisher.get(name)
+    return weight is not None and weight.shape == tensor.shape and bool((weight.isfinite() & (weight >= 0)).all())
+
+
+def _weighted(tensors: Tensor, weights: Tensor) -> Tensor:
+    """Σ w·θ / Σ w over the first axis; the plain mean where all weights are 0. In float64, for Fishers are tiny."""
+    weights = weights.double()
+    total = _sum(weights)
+    weighted = _sum(weights * tensors) / torch.where(total > 0, total, 1)
+    return torch.where(total > 0, weighted, _mean(tensors)).float()
+
+
+def _mean(tensors: Tensor) -> Tensor:
+    """Over the first axis, in float64: thirds of three equal numbers would not add up to that number in float32."""
+    return _sum(tensors.double()) / len(tensors)
+
+
+def _sum(tensors: Tensor) -> Tensor:
+    """Over the first axis, entry by entry from the smallest to the largest: the same bits in whatever order."""
+    return tensors.sort(dim=0).values.sum(dim=0)
+
+
+def assemble(policies: Mapping[str, Policy], shared: str | None = None) -> Policy:
+    """One multi-task policy: `shared` once, everything else of each task from the task's own policy (§V-C).
+
+    policies: task → the policy whose head and trunk it takes; shared: None where nothing need be. Raises UserError when
+    the shared group is not bit for bit the same in all of them, or their architectures differ.
+    """
+    if len(policies) < 2:
+        raise UserError(f"a multi-task policy is made of at least two policies, {len(policies)} given")
+    alone = {task: policy.alone(task) for task, policy in policies.items()}
+    first, *others = alone.values()
+    for other in others:
+        if other.architecture != first.architecture:
+            raise UserError(f"cannot assemble different architectures: {first.architecture} with {other.architecture}")
+    for name in parameters_of(shared, first.architecture) if shared else ():
+        if not all(torch.equal(first.trunk[name], other.trunk[name]) for other in others):
+            raise UserError(f"{name} is not the same in all policies: merge and freeze {shared} before the fine-tuning")
+    common = {n: t for n, t in first.trunk.items() if all(torch.equal(t, other.trunk[n]) for other in others)}
+    return Policy(
+        first.architecture,
+        common,
+        {task: policy.heads[task] for task, policy in alone.items()},
+        {task: {n: t for n, t in policy.trunk.items() if n not in common} for task, policy in alone.items()}
+        if len(common) < len(first.trunk)
+        else {},
+    )
 
 
 def perturb(policy: Policy, group: str, how: str, seed: int = 0) -> Policy:
@@ -64,7 +136,7 @@ def perturb(policy: Policy, group: str, how: str, seed: int = 0) -> Policy:
 
 def with_trunk(policy: Policy, changed: Mapping[str, Tensor]) -> Policy:
     """The policy with some trunk parameters replaced."""
-    return Policy(policy.architecture, {**policy.trunk, **changed}, policy.heads)
+    return replace(policy, trunk={**policy.trunk, **changed})
 
 
 def _random(policy: Policy, names: Sequence[str], seed: int) -> dict[str, Tensor]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from dt.data.trajectories import Trajectories
 from dt.data.windows import Batch
+from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.model.policy import Policy
 from dt.model.trunk import LAYER_NORM_EPS, Trunk
@@ -17,6 +22,13 @@ from dt.tasks import Task, get_task
 STATE_TOKENS = slice(
     1, None, 3
 )  # tokens run (return-to-go, state, action) per time step; actions are read at the states
+
+
+class Prediction(NamedTuple):
+    """What the model made of a batch of windows."""
+
+    actions: Tensor  # (B, K, A) in (−1, 1)
+    embedded: Tensor  # (B, K, 3, d) the tokens after their layer norm, before the time step is added
 
 
 class Head(nn.Module):
@@ -42,20 +54,39 @@ class Head(nn.Module):
         self.register_buffer("state_std", torch.ones(task.state_dim))
         self.register_buffer("best_return", torch.tensor(task.target_return))
 
+    def look_at(self, trajectories: Trajectories) -> None:
+        """Take the state statistics and the best return of the data that is to be trained on."""
+        self.state_mean.copy_(torch.from_numpy(np.array(trajectories.state_mean)))
+        self.state_std.copy_(torch.from_numpy(np.array(trajectories.state_std)))
+        self.aim_at(trajectories)
+
+    def aim_at(self, trajectories: Trajectories) -> None:
+        """Take the best return of the data alone: what is asked of the policy when it acts."""
+        self.best_return.fill_(float(trajectories.returns.max()))
+
+    def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and deviation (S,) by which states are normalised."""
+        return self.state_mean.cpu().numpy(), self.state_std.cpu().numpy()
+
     def embed(self, batch: Batch) -> Tensor:
-        """A batch of windows → tokens (B, 3K, d): LayerNorm first, then the time step is added (unlike Chen et al.)."""
+        """A batch of windows → normalised tokens (B, K, 3, d)."""
         modalities = (
             self.embed_return(batch.returns_to_go),
             self.embed_state(batch.states),
             self.embed_action(batch.actions),
         )
-        tokens = torch.stack(modalities, dim=2)  # (B, K, 3, d)
-        embedded: Tensor = self.embed_ln(tokens) + self.embed_timestep(batch.timesteps)[:, :, None]
-        return embedded.flatten(1, 2)
+        embedded: Tensor = self.embed_ln(torch.stack(modalities, dim=2))
+        return embedded
+
+    def place(self, embedded: Tensor, timesteps: Tensor) -> Tensor:
+        """Add the time steps (B, K): after the LayerNorm, unlike Chen et al. (B, K, 3, d) → tokens (B, 3K, d)."""
+        placed: Tensor = embedded + self.embed_timestep(timesteps)[:, :, None]
+        return placed.flatten(1, 2)
 
     def act(self, features: Tensor) -> Tensor:
         """Trunk output at state tokens (…, d) → actions (…, A) in (−1, 1)."""
-        return torch.tanh(self.predict_action(features))
+        actions: Tensor = torch.tanh(self.predict_action(features))
+        return actions
 
 
 class DecisionTransformer(nn.Module):
@@ -75,10 +106,15 @@ class DecisionTransformer(nn.Module):
 
     def forward(self, task: str, batch: Batch) -> Tensor:
         """Windows of one task → the action predicted at each time step, (B, K, A)."""
+        return self.predict(task, batch).actions
+
+    def predict(self, task: str, batch: Batch) -> Prediction:
+        """The same, with the embedded tokens."""
         head = self.head(task)
-        tokens = F.dropout(head.embed(batch), self.dropout, self.training)
+        embedded = head.embed(batch)
+        tokens = F.dropout(head.place(embedded, batch.timesteps), self.dropout, self.training)
         features = self.trunk(tokens, batch.mask.repeat_interleave(3, dim=1), STATE_TOKENS)
-        return head.act(features)
+        return Prediction(head.act(features), embedded)
 
     def policy(self) -> Policy:
         """A snapshot of the parameters, detached from further training."""
@@ -92,7 +128,9 @@ class DecisionTransformer(nn.Module):
 
     @classmethod
     def from_policy(cls, policy: Policy, dropout: float = 0.0) -> DecisionTransformer:
-        """A trainable model with the policy's parameters (copied)."""
+        """A trainable model with the policy's parameters (copied). Its tasks must share one trunk."""
+        if not policy.plain:
+            raise UserError("tasks with trunk parameters or masks of their own do not train together: take one task")
         model = cls(policy.architecture, map(get_task, policy.heads), dropout)
         model.trunk.load_state_dict(dict(policy.trunk))
         for name, head in policy.heads.items():

@@ -54,8 +54,8 @@ class Stack:
                 raise UserError(
                     f"evaluated together, policies need one architecture: {policy.architecture}, {architecture}"
                 )
-            if task.name not in policy.heads:
-                raise UserError(f"the policy has no head for {task.name}: its heads are {', '.join(policy.heads)}")
+            if not policy.plain:
+                raise UserError("take policies alone on the task: these have trunk parameters or masks of their own")
 
         def trunk(name: str) -> Tensor:
             return torch.stack([policy.trunk[name] for policy in policies])
@@ -220,10 +220,14 @@ def _attend(queries: Tensor, keys_values: Tensor, blocked: Tensor, heads: int) -
         return x.reshape(-1, x.shape[2], heads, x.shape[3] // heads).transpose(1, 2)  # (P·E, heads, ·, d/heads)
 
     q, (k, v) = split(queries), map(split, keys_values.chunk(2, dim=-1))
-    if q[0, 0].numel() * k.shape[2] < _SMALL:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked)
+    scale = 1 / math.sqrt(q.shape[-1])
+    if q[0, 0].numel() * k.shape[2] >= _SMALL:
+        mixed = F.softmax(q @ k.transpose(-1, -2) * scale + blocked, dim=-1) @ v
+    elif q.dtype == torch.float32:  # where the fused kernel's sums depend on P and E, on some CPUs
+        scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) * scale + blocked
+        mixed = (F.softmax(scores, dim=-1)[..., None] * v[:, :, None]).sum(dim=-2)
     else:
-        mixed = F.softmax(q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1])) + blocked, dim=-1) @ v
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked)
     return mixed.transpose(1, 2).reshape(queries.shape)
 
 

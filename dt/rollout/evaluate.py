@@ -49,6 +49,7 @@ def evaluate(
         raise UserError(
             f"nothing to evaluate: {len(policies)} policies × {episodes} episodes (both must be at least 1)"
         )
+    policies = [policy.alone(task.name) for policy in policies]
     stack = Stack.of(policies, task, precision)
     seeds = np.arange(seed, seed + episodes, dtype=np.int64)
     physics = make_physics(task, len(policies) * episodes)

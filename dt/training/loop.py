@@ -1,39 +1,80 @@
-"""Training one single-task Decision Transformer; all that decides the next step is in the state that is saved."""
+"""The training loop. All that decides the next step is in the state that is saved, so a resumed run is the same run."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch import Tensor, nn
 
-from dt.data.trajectories import Trajectories
-from dt.data.windows import Batch, Windows
 from dt.errors import UserError
-from dt.model.architecture import Architecture
-from dt.model.decision_transformer import DecisionTransformer
-from dt.model.policy import Policy, write_atomically
-from dt.tasks import Task
+from dt.model.policy import write_atomically
 from dt.training.optimisation import Optimisation
+
+R_co = TypeVar("R_co", covariant=True)
+R = TypeVar("R")
+M = TypeVar("M")
 
 
 class NotFiniteLossError(UserError):
     """The loss became NaN or infinite."""
 
 
-def action_loss(predicted: Tensor, batch: Batch) -> Tensor:
-    """Mean squared error over real time steps and action dimensions; padding counts for nothing. (B, K, A) → ()."""
-    squared = F.mse_loss(predicted, batch.actions, reduction="none").sum(dim=-1)
-    return (squared * batch.mask).sum() / (batch.mask.sum() * batch.actions.shape[-1])
+class Objective(Protocol[R_co]):
+    """What is trained and by which gradients; the loop knows nothing else of it."""
+
+    @property
+    def name(self) -> str:
+        """For messages: the tasks, say."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """All parameters, and as buffers all else that changes. What requires no gradient stays as it is."""
+        ...
+
+    def backward(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
+        """Sample a batch with `rng` and leave the gradients of its loss in the parameters.
+
+        `step` counts updates from 0. Returns scalars by name: the `loss`, and the parts it is made of, if any.
+        """
+        ...
+
+    def updated(self, step: int, rng: np.random.Generator) -> None:
+        """Called after update number `step`."""
+        ...
+
+    def result(self) -> R_co:
+        """A snapshot of what has been trained so far."""
+        ...
+
+
+class Seeds(NamedTuple):
+    """What one seed decides, independently of each other."""
+
+    initialisation: int
+    dropout: int
+    sampler: int
+
+    @classmethod
+    def of(cls, seed: int) -> Seeds:
+        """Three streams of one seed."""
+        return cls(*np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist())
+
+
+def initialised(seed: int, make: Callable[[], M]) -> M:
+    """What `make` builds when torch's random numbers begin at the seed's initialisation; leaves them as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Seeds.of(seed).initialisation)
+        return make()
 
 
 def learning_rate(optimisation: Optimisation, step: int) -> float:
@@ -47,69 +88,46 @@ def learning_rate(optimisation: Optimisation, step: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(
-    task: Task,
-    trajectories: Trajectories,
-    architecture: Architecture,
-    optimisation: Optimisation,
-    seed: int,
-    *,
-    resume: Path | None = None,
-    log_every: int = 50,
-    device: str = "cpu",
-) -> Iterator[TrainingState]:
-    """Train from a random initialisation or a saved state; yields the state every `log_every` steps and at the end.
+def run(state: TrainingState[R], *, resume: Path | None = None, log_every: int = 50) -> Iterator[TrainingState[R]]:
+    """Train to the last step, from a saved state if one is given; yields every `log_every` steps and at the end.
 
     A resumed run is bit for bit the uninterrupted one (same device, library versions and thread count).
-    Raises UserError for data of another shape, NotFiniteLossError when the loss is no number.
+    Raises NotFiniteLossError when the loss is no number.
     """
-    trajectories.validate(task)
-    state = TrainingState(task, trajectories, architecture, optimisation, seed, device)
     if resume is not None:
         state.load(resume)
     while not state.done:
-        stop = min(optimisation.steps, (state.step // log_every + 1) * log_every)
+        stop = min(state.optimisation.steps, (state.step // log_every + 1) * log_every)
         state.advance(stop - state.step)
         yield state
 
 
-class TrainingState:
-    """A training run at one step: model, optimiser, sampler and random numbers."""
+class TrainingState(Generic[R]):
+    """A training run at one step: parameters, optimiser, sampler and random numbers."""
 
     def __init__(
         self,
-        task: Task,
-        trajectories: Trajectories,
-        architecture: Architecture,
+        objective: Objective[R],
         optimisation: Optimisation,
         seed: int,
-        device: str,
+        identity: Mapping[str, str],
+        device: str = "cpu",
     ) -> None:
-        self.task, self.optimisation, self.device = task, optimisation, torch.device(device)
+        """`identity` is what a saved state must share with this run to be continued by it. The module must lie on
+        `device` already."""
+        self.objective, self.optimisation, self.device = objective, optimisation, torch.device(device)
         self.step = 0
         self.metrics: dict[str, float] = {}
-        self._windows = Windows.of(trajectories, task, architecture.context)
-        self._identity = {
-            "task": task.name,
-            "data": trajectories.content_hash,
-            "architecture": architecture.model_dump_json(),
-            "optimisation": optimisation.model_dump_json(),
-            "seed": str(seed),
-        }
-        init_seed, dropout_seed, sampler_seed = np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist()
-        self._sampler = np.random.Generator(np.random.PCG64(sampler_seed))
+        self._identity = {**identity, "optimisation": optimisation.model_dump_json(), "seed": str(seed)}
+        seeds = Seeds.of(seed)
+        self._sampler = np.random.Generator(np.random.PCG64(seeds.sampler))
         with _forked_rng(self.device):
-            torch.manual_seed(init_seed)
-            self._model = DecisionTransformer(architecture, [task], optimisation.dropout)
-            torch.manual_seed(dropout_seed)
+            torch.manual_seed(seeds.dropout)
             self._random = _rng_state(self.device)
-        head = self._model.head(task.name)
-        head.state_mean.copy_(torch.from_numpy(np.array(trajectories.state_mean)))
-        head.state_std.copy_(torch.from_numpy(np.array(trajectories.state_std)))
-        head.best_return.fill_(float(trajectories.returns.max()))
-        self._model.to(self.device).train()
+        self._module = objective.module.train()
+        self._trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._optimiser = torch.optim.AdamW(
-            self._model.parameters(), lr=0.0, weight_decay=optimisation.weight_decay, fused=True
+            self._trained.values(), lr=0.0, weight_decay=optimisation.weight_decay, fused=True
         )
 
     @property
@@ -117,58 +135,55 @@ class TrainingState:
         """Whether all steps have been taken."""
         return self.step >= self.optimisation.steps
 
-    def policy(self) -> Policy:
-        """The policy as it stands."""
-        return self._model.policy()
+    def result(self) -> R:
+        """What has been trained, as it stands."""
+        return self.objective.result()
 
     def advance(self, steps: int) -> None:
-        """Take that many steps; `metrics` then holds their mean loss, the last gradient norm and rate, seconds."""
-        began, losses = time.perf_counter(), 0.0
+        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds."""
+        began, found = time.perf_counter(), dict[str, list[float]]()
         with _forked_rng(self.device):
             _set_rng_state(self.device, self._random)
             for _ in range(steps):
-                losses += self._update()
+                for name, value in self._update().items():
+                    found.setdefault(name, []).append(value)
             self._random = _rng_state(self.device)
         self.metrics = {
             "step": self.step,
-            "loss": losses / steps,
+            **{name: sum(values) / len(values) for name, values in found.items()},
             "gradient_norm": self._gradient_norm,
             "learning_rate": learning_rate(self.optimisation, self.step - 1),
             "seconds": time.perf_counter() - began,
         }
 
-    def _update(self) -> float:
-        batch = Batch(
-            *(part.to(self.device) for part in self._windows.sample(self.optimisation.batch_size, self._sampler))
-        )
-        low_precision = self.optimisation.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low_precision):
-            loss = action_loss(self._model(self.task.name, batch), batch)
-        value = loss.item()
-        if not math.isfinite(value):
+    def _update(self) -> dict[str, float]:
+        self._optimiser.zero_grad(set_to_none=True)
+        losses = {name: loss.item() for name, loss in self.objective.backward(self.step, self._sampler).items()}
+        if not math.isfinite(losses["loss"]):
             raise NotFiniteLossError(
-                f"the loss of {self.task.name} became {value} at step {self.step + 1}: lower the learning rate "
-                f"(now {self.optimisation.learning_rate:g}) or lengthen the warm-up; the last good checkpoint is kept"
+                f"the loss of {self.objective.name} became {losses['loss']} at step {self.step + 1}: lower the "
+                f"learning rate (now {self.optimisation.learning_rate:g}) or lengthen the warm-up; the last good "
+                "checkpoint is kept"
             )
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate(self.optimisation, self.step)
-        self._optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self.optimisation.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.optimisation.clip_norm)
         self._optimiser.step()
+        self.objective.updated(self.step, self._sampler)
         self._gradient_norm = norm.item()
         self.step += 1
-        return value
+        return losses
 
     def save(self, path: Path) -> None:
         """Write all that the next step depends on, atomically, as safetensors."""
-        tensors = {f"model.{name}": tensor.detach().cpu() for name, tensor in self._model.state_dict().items()}
+        tensors = {f"module.{name}": tensor.detach().cpu() for name, tensor in self._module.state_dict().items()}
         tensors |= {f"random.{index}": state for index, state in enumerate(self._random)}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained.items():
             for key, moment in self._optimiser.state[parameter].items():
                 tensors[f"optimiser.{name}.{key}"] = moment.detach().cpu()
         progress = {"step": self.step, "sampler": self._sampler.bit_generator.state}
-        write_atomically(path, save(tensors, self._identity | {"progress": json.dumps(progress)}))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, save(contiguous, self._identity | {"progress": json.dumps(progress)}))
 
     def load(self, path: Path) -> None:
         """Continue from a saved state. Raises UserError when it belongs to another run or is damaged."""
@@ -187,11 +202,14 @@ class TrainingState:
         self.step = progress["step"]
         self._sampler.bit_generator.state = progress["sampler"]
         self._random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
-        self._model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        for name, parameter in self._model.named_parameters():
-            prefix = f"optimiser.{name}."
-            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self._module.load_state_dict(_under("module.", tensors))
+        for name, parameter in self._trained.items():
+            moments = _under(f"optimiser.{name}.", tensors)
             self._optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _forked_rng(device: torch.device) -> Any:

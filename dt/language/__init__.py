@@ -1,0 +1,1 @@
+"""Language models: text, tokens, pre-training, and what a policy takes over from them (§V-D of the paper)."""

@@ -1,0 +1,86 @@
+"""Table V: one multi-task policy, fine-tuned for each robot apart, then merged again without any further training."""
+
+from collections.abc import Iterator, Mapping
+
+from experiments._pairs import TASKS
+from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
+from orchestrator.recipes import AnyPolicy, Assemble, Auxiliaries, FineTune, TrainTogether
+
+DISTANCE = 1e-4  # λ3, towards the base
+FROZEN, FROZEN_HEAD = "ln_f", ("embed_timestep",)
+GROUP = "trunk"
+
+
+def fine_tuned(setting: Setting, base: TrainTogether, task: str) -> FineTune:
+    """The base made an expert for one robot, on its expert data, kept near the base."""
+    return FineTune(
+        policy=base,
+        dataset=setting.data.dataset(task, "expert", setting.profile),
+        optimisation=setting.profile.optimisation,
+        seed=base.seed,
+        frozen=FROZEN,
+        frozen_head=FROZEN_HEAD,
+        auxiliaries=Auxiliaries(distance=DISTANCE),
+    )
+
+
+def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Mapping[str, AnyPolicy]]]:
+    """The rows of the table: a policy for each robot, the same one in all rows but that of the experts."""
+    base = setting.together(TASKS, seed, "medium", architecture=setting.profile.wide)
+    experts = tuple(fine_tuned(setting, base, task) for task in TASKS)
+    yield "multi-task on medium", dict.fromkeys(TASKS, base)
+    yield "finetuned experts", {expert.task: expert for expert in experts}
+    for method, fisher in (("mean", None), ("Fisher", setting.fisher)):
+        merges = tuple(mean_of(expert, experts, GROUP, fisher) for expert in experts)
+        yield method, dict.fromkeys(TASKS, Assemble(policies=merges, shared=GROUP))
+
+
+def points(setting: Setting) -> Iterator[Point]:
+    """Four configurations, three robots, as many bases as the profile has instances."""
+    for seed in range(setting.profile.instances):
+        for configuration, policies in configurations(setting, seed):
+            for task, policy in policies.items():
+                yield Point(
+                    labels={"configuration": configuration, "task": task, "seed": seed},
+                    evaluation=setting.evaluate(policy, task),
+                )
+
+
+EXPERIMENT = Experiment(
+    name="table_5",
+    title="Fine-tuned from one base, merged without further training",
+    paper="Table V",
+    question="What is left of three experts with a common ancestor when their trunks become one?",
+    points=points,
+    show=Table(rows=("configuration",), column="task"),
+    claims=(
+        Claim(
+            statement="fine-tuning on expert data improves on the base",
+            terms=((1, {"configuration": "finetuned experts"}), (-1, {"configuration": "multi-task on medium"})),
+            expected="at least",
+            bound=0.0,
+            value="score",
+        ),
+        Claim(
+            statement="Fisher merging is better than the mean",
+            terms=((1, {"configuration": "Fisher"}), (-1, {"configuration": "mean"})),
+            expected="at least",
+            bound=0.0,
+            value="score",
+        ),
+        Claim(
+            statement="Fisher merging is better than the base, so merging has added something",
+            terms=((1, {"configuration": "Fisher"}), (-1, {"configuration": "multi-task on medium"})),
+            expected="at least",
+            bound=0.0,
+            value="score",
+        ),
+        Claim(
+            statement="the fine-tuned experts stay ahead of their merge",
+            terms=((1, {"configuration": "finetuned experts"}), (-1, {"configuration": "Fisher"})),
+            expected="at least",
+            bound=0.0,
+            value="score",
+        ),
+    ),
+)

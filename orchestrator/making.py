@@ -1,0 +1,253 @@
+"""Making what recipes describe, in whatever process: policies from their ingredients, training runs, estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dt.errors import UserError
+from orchestrator.recipes import (
+    AnyPolicy,
+    Assemble,
+    Auxiliaries,
+    Dataset,
+    FineTune,
+    Fisher,
+    Imported,
+    ImportLanguage,
+    Job,
+    Language,
+    Merge,
+    Perturb,
+    Pretrain,
+    Recipe,
+    Train,
+    TrainTogether,
+    Vote,
+    ingredients,
+    tasks_of,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dt.data.trajectories import Trajectories
+    from dt.language.model import LanguageModel
+    from dt.merging.merge import Fisher as FisherEstimate
+    from dt.model.policy import Policy
+    from dt.training.loop import TrainingState
+    from dt.training.objective import Auxiliary
+    from orchestrator.store import Store
+
+    Made = Mapping[str, Policy | FisherEstimate]  # by recipe id
+
+
+def realise(recipe: AnyPolicy, made: Made) -> Policy:
+    """The policy a recipe describes, from its `ingredients`."""
+    from dt.merging.fisher import trace_normalised
+    from dt.merging.merge import assemble, merge, perturb
+    from dt.training.masks import vote
+
+    match recipe:
+        case Merge():
+            sources = [realise(source, made) for source in recipe.sources]
+            if recipe.fisher is None:
+                return merge(sources, recipe.group, recipe.alpha)
+            estimates = [_estimate(made, estimate) for estimate in recipe.fisher.estimates]
+            if recipe.fisher.trace_normalised:
+                estimates = [trace_normalised(estimate) for estimate in estimates]
+            return merge(sources, recipe.group, fisher=estimates)
+        case Perturb():
+            return perturb(realise(recipe.policy, made), recipe.group, recipe.how, recipe.seed)
+        case Assemble():
+            parts = {tasks_of(part)[0]: realise(part, made) for part in recipe.policies}
+            return assemble(parts, recipe.shared)
+        case Vote():
+            return vote(realise(recipe.policy, made), recipe.threshold)
+        case _:
+            policy = made[recipe.id]
+            assert not isinstance(policy, Mapping)
+            return policy
+
+
+def _estimate(made: Made, recipe: Fisher) -> FisherEstimate:
+    estimate = made[recipe.id]
+    assert isinstance(estimate, Mapping)
+    return estimate
+
+
+def from_store(recipe: Recipe, store: Store) -> Made:
+    """The ingredients of a policy recipe. Raises UserError naming the file of one that is missing or damaged."""
+    made: dict[str, Policy | FisherEstimate] = {}
+    for ingredient in ingredients(recipe):
+        if ingredient.id not in made and not isinstance(ingredient, Pretrain | ImportLanguage):
+            made[ingredient.id] = load_ingredient(ingredient, store)
+    return made
+
+
+def load_ingredient(recipe: Train | TrainTogether | FineTune | Fisher, store: Store) -> Policy | FisherEstimate:
+    """One of them."""
+    return store.load_fisher(recipe) if isinstance(recipe, Fisher) else store.load_policy(recipe)
+
+
+def load_dataset(dataset: Dataset, store: Store) -> Trajectories:
+    """The data of a recipe. Raises UserError when it is missing, damaged, or not the one the recipe names."""
+    from dt.data.sources import load_imported, load_recorded
+
+    if not isinstance(dataset, Imported):
+        return load_recorded(dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
+    trajectories = load_imported(dataset.source, dataset.task, store.datasets)
+    if trajectories.content_hash != dataset.content_hash:
+        raise UserError(
+            f"the dataset {dataset.source} has changed: its content is {trajectories.content_hash[:12]}…, the recipe's "
+            f"{dataset.content_hash[:12]}…; restore it, or run the command again to use the new one"
+        )
+    return trajectories
+
+
+def begin(recipe: Job, store: Store, device: str) -> TrainingState[Policy] | TrainingState[LanguageModel]:
+    """The training run of a recipe, at its first step. What it is made from must be in the store."""
+    from dt.training.harmodt import train_harmodt
+    from dt.training.objective import fine_tune, train
+
+    identity = {"recipe": recipe.id}
+    match recipe:
+        case Train():
+            language = store.load_language(recipe.language) if recipe.language else None
+            return train(
+                _data(recipe.datasets, store),
+                recipe.architecture,
+                recipe.optimisation,
+                recipe.seed,
+                trunk=language.trunk if language else None,
+                timesteps=language.timestep_table() if language else None,
+                auxiliaries=_auxiliaries(recipe, language),
+                identity=identity,
+                device=device,
+            )
+        case TrainTogether():
+            data, architecture, optimisation = _data(recipe.datasets, store), recipe.architecture, recipe.optimisation
+            if recipe.harmony is None:
+                return train(data, architecture, optimisation, recipe.seed, identity=identity, device=device)
+            return train_harmodt(
+                data, architecture, optimisation, recipe.harmony, recipe.seed, identity=identity, device=device
+            )
+        case FineTune():
+            start = realise(recipe.policy, from_store(recipe.policy, store))
+            if not start.plain:
+                start = start.alone(recipe.task)
+            return fine_tune(
+                start,
+                _data(recipe.datasets, store),
+                recipe.optimisation,
+                recipe.seed,
+                frozen=_frozen(recipe),
+                auxiliaries=_distance(recipe.auxiliaries, start.trunk, recipe),
+                identity=identity,
+                device=device,
+            )
+        case Pretrain():
+            return _begin_pretraining(recipe, identity, device)
+
+
+def finish(recipe: Job, result: Policy | LanguageModel) -> Policy | LanguageModel:
+    """What is stored of a finished run: a language model with its clusters."""
+    from dt.language.model import LanguageModel
+
+    if isinstance(recipe, Pretrain) and isinstance(result, LanguageModel):
+        return result.with_clusters(recipe.clusters, recipe.seed)
+    return result
+
+
+def compute(recipe: Fisher | ImportLanguage, store: Store) -> FisherEstimate | LanguageModel:
+    """What takes no gradient steps."""
+    from dt.language.model import from_hugging_face
+    from dt.merging.fisher import estimate
+
+    if isinstance(recipe, ImportLanguage):
+        language = from_hugging_face(recipe.source, recipe.clusters)
+        if language.content_hash != recipe.content_hash:
+            raise UserError(f"the language model {recipe.source} has changed: run the command again to use the new one")
+        return language
+    return estimate(
+        realise(recipe.policy, from_store(recipe.policy, store)),
+        _data(recipe.datasets, store),
+        variant=recipe.variant,
+        batches=recipe.batches,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+
+
+def _data(datasets: Iterable[Dataset], store: Store) -> dict[str, Trajectories]:
+    return {dataset.task: load_dataset(dataset, store) for dataset in datasets}
+
+
+def _frozen(recipe: FineTune) -> list[str]:
+    """Flat names of the parameters that stay."""
+    from dt.merging.groups import parameters_of
+    from dt.model.decision_transformer import Head
+    from dt.tasks import get_task
+
+    trunk = parameters_of(recipe.frozen, recipe.architecture) if recipe.frozen else ()
+    parts = [name for name, _ in Head(get_task(recipe.task), 1).named_parameters()]
+    head = [name for name in parts if name.split(".")[0] in recipe.frozen_head]
+    return [*(f"trunk.{name}" for name in trunk), *(f"heads.{recipe.task}.{name}" for name in head)]
+
+
+def _auxiliaries(recipe: Train, language: LanguageModel | None) -> Sequence[Auxiliary]:
+    from dt.language.tokenizer import Tokenizer
+    from dt.training.auxiliaries import CosineToClusters, CoTraining
+
+    chosen = recipe.auxiliaries
+    if chosen is None or language is None or recipe.language is None:
+        return ()
+    losses: list[Auxiliary] = []
+    if chosen.cosine:
+        losses.append(CosineToClusters(language.clusters, chosen.cosine, chosen.cosine_decay))
+    if chosen.language:
+        text, block = _text(recipe.language)
+        tokens = Tokenizer(language.tokenizer).encode(text)
+        losses.append(CoTraining(language, tokens, chosen.language, chosen.sequences, block))
+    return [*losses, *_distance(chosen, language.trunk, recipe)]
+
+
+def _distance(chosen: Auxiliaries | None, start: Mapping[str, Tensor], recipe: Train | FineTune) -> Sequence[Auxiliary]:
+    from dt.training.auxiliaries import DistanceToStart
+
+    if chosen is None or not chosen.distance:
+        return ()
+    return [DistanceToStart(recipe.architecture, start, chosen.distance, chosen.distance_formula)]
+
+
+def _text(language: Language) -> tuple[Sequence[str], int]:
+    """The documents and the block length of co-training: the language model's own; for an imported one, docstrings."""
+    from dt.language.blocks import BLOCK
+    from dt.language.corpus import DOCSTRINGS, read_corpus
+
+    if isinstance(language, Pretrain):
+        return read_corpus(language.corpus, language.characters).documents, language.block
+    return read_corpus(DOCSTRINGS).documents, BLOCK
+
+
+def _begin_pretraining(recipe: Pretrain, identity: Mapping[str, str], device: str) -> TrainingState[LanguageModel]:
+    from dt.language.corpus import read_corpus
+    from dt.language.pretrain import pretrain
+    from dt.language.tokenizer import Tokenizer
+
+    corpus = read_corpus(recipe.corpus, recipe.characters)
+    if recipe.corpus_hash is not None and corpus.content_hash != recipe.corpus_hash:
+        raise UserError(
+            f"the text {recipe.corpus} has changed: restore it, or run the command again to use the new one"
+        )
+    tokenizer = Tokenizer.trained(corpus.documents, recipe.vocabulary)
+    return pretrain(
+        tokenizer.encode(corpus.documents),
+        tokenizer,
+        recipe.architecture,
+        recipe.optimisation,
+        recipe.seed,
+        block=recipe.block,
+        identity=identity,
+        device=device,
+    )
