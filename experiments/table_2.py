@@ -8,7 +8,7 @@ from orchestrator.recipes import AnyPolicy, Assemble, Merge, Train
 ROBOTS = ("hopper", "halfcheetah")
 GROUPS = ("trunk", "attention+mlp", "attention")
 FINE_TUNED = "merge-freeze-finetune"
-MOST, HARDLY, SOME = 0.9, 0.1, 0.5
+MOST, HARDLY, SOME = 0.85, 0.1, 0.5
 
 
 def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Assemble]]:

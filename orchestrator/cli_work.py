@@ -215,16 +215,13 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
     from orchestrator.making import from_store, realise
 
     rows = Tables(store.tables).dataset("policies").to_table(columns=["policy", "recipe"]).to_pylist()
+    if not rows:
+        raise UserError(f"there are no policies in {store.tables} yet: run an experiment first")
     found = [row for row in rows if row["policy"].startswith(prefix)]
-    if len(found) != 1:
-        known = [row["policy"] for row in (found or rows)]
-        raise (
-            unknown("policy", prefix, known)
-            if not found
-            else UserError(
-                f"{len(found)} policies begin with {prefix}: give more of the id ({', '.join(known[:5])}, …)"
-            )
-        )
+    if not found:
+        raise unknown("policy", prefix, [row["policy"] for row in rows])
+    if len(found) > 1:
+        raise UserError(f"{len(found)} policies begin with {prefix!r}: give more of the id")
     recipe = read_policy(found[0]["recipe"])
     policy = realise(recipe, from_store(recipe, store))
     save_policy(policy, output, {"recipe": recipe.canonical_json(), "recipe_id": recipe.id})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from dt.errors import UserError
 from orchestrator.answers import DataReturn, answers, baseline
@@ -20,6 +20,7 @@ from orchestrator.tables import Tables
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
+    from optuna.trial import Trial as OptunaTrial
     from rich.console import Console
 
     from orchestrator.estimates import Sample
@@ -75,10 +76,7 @@ def run_search(
     done: dict[int, Trial] = {}
     while len(done) < trials:
         asked = [study.ask() for _ in range(min(batch, trials - len(done)))]
-        chosen = {
-            trial.number: {name: trial.suggest_categorical(name, values) for name, values in search.space.items()}
-            for trial in asked
-        }
+        chosen = {trial.number: _suggested(trial, search) for trial in asked}
         reached = evaluate(search, chosen, setting, store, settings, data_return, console, objectives)
         for trial in asked:
             values = reached[trial.number]
@@ -92,6 +90,11 @@ def run_search(
         tuple(done.values()),
         tuple(Trial(number, parameters, elsewhere[number]) for number, parameters in again.items()),
     )
+
+
+def _suggested(trial: OptunaTrial, search: Search) -> dict[str, Label]:
+    chosen = {name: trial.suggest_categorical(name, values) for name, values in search.space.items()}
+    return cast(dict[str, Label], chosen)
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:

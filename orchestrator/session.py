@@ -66,6 +66,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
         with _folder() as folder:
             try:
                 _start(folder, cpus)
+                _silence(folder)
                 yield _session(embedded=True)
             finally:
                 ray.shutdown()
@@ -115,6 +116,14 @@ def _start(folder: Path, cpus: int | None) -> None:
             raise UserError(
                 f"Ray does not start on this machine ({said}): when it is less busy, run the same command again"
             ) from reason
+
+
+def _silence(folder: Path) -> None:
+    """End the log monitor, which polls every log ten times a second for a driver that shows none of them."""
+    for process, command in _processes(folder):
+        if b"log_monitor.py" in command:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
 
 
 @contextmanager

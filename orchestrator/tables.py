@@ -119,6 +119,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "schedule": (TEXT, "after the warm-up: constant or cosine"),
                     "weight_decay": (REAL, "AdamW's"),
                     "clip_norm": (REAL, "global gradient norm"),
+                    "timestep_std": (REAL, "of the time-step table at the start; null: N(0, 1)"),
                     "dropout": (REAL, "probability"),
                     "precision": (TEXT, "of the matrix products in training"),
                     "trunk_parameters": (INTEGER, "count, shared and of single tasks"),

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -79,17 +80,26 @@ MISTAKES = {
         "no expert recording for hopper",
     ),
     "no dataset named": (("data", "describe", "--task", "hopper"), "say which dataset"),
-    "film of the untrained": (("video", "--target", "hopper", "--output", "x.webp"), "is not trained yet"),
+    "film of the untrained": (("video", "--target", "hopper", "--output", "x.webp"), "is not there yet"),
     "option": (("run", "figure_3", "--profil", "smoke"), "No such option"),
     "workers": (("run", "figure_3", "--workers", "0"), "--workers"),
     "command": (("rum",), "No such command"),
+    "nothing to search": (("search", "table_1"), "has no coefficients to search over"),
+    "sampler": (("search", "regularisation", "--profile", "smoke", "--sampler", "tp"), "did you mean 'tpe'"),
+    "trials": (("search", "regularisation", "--trials", "0"), "--trials"),
+    "no policies yet": (("export", "abc", "--output", "x.safetensors"), "no policies"),
+    "no such file": (("evaluate", "no.safetensors"), "no checkpoint at no.safetensors"),
+    "no language model": (("plan", "table_3", "--init", "no/folder"), "cannot get the model 'no/folder'"),
+    "no text": (("plan", "table_3", "--text", "no/folder"), "no/folder"),
 }
+WITHOUT_RESULTS = ("rum", "evaluate")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_a_sentence(mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_told_in_a_sentence(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     arguments, says = MISTAKES[mistake]
-    takes_results = arguments[0] not in ("rum",) and "--profil" not in arguments
+    takes_results = arguments[0] not in WITHOUT_RESULTS and "--profil" not in arguments
     options = ("--results", str(tmp_path / "results")) if takes_results else ()
     done = CliRunner().invoke(app, [*arguments, *options])
     assert done.exit_code == 2, done.output

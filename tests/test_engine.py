@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,10 @@ from dt.tasks import get_task
 from dt.training.loop import run as steps_of
 from dt.training.objective import train
 from orchestrator.engine import Settings, run, slots_for
-from orchestrator.making import realise
+from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
 from orchestrator.progress import phase
-from orchestrator.recipes import Evaluate, Merge, Perturb, Train
+from orchestrator.recipes import Assemble, Evaluate, FineTune, Fisher, FisherWeights, Merge, Perturb, Train
 from orchestrator.rollouts import jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
@@ -124,6 +125,38 @@ def test_what_is_done_is_not_done_again(finished):
     assert plan.empty
     assert out.getvalue() == "nothing to compute: all 12 evaluations are stored\n"
     assert files == {path: path.stat().st_mtime_ns for path in finished.glob("**/*") if path.is_file()}
+
+
+def test_merge_freeze_finetune_by_fisher_runs_wave_after_wave(finished, tmp_path):
+    results = shutil.copytree(finished, tmp_path / "results")
+    quick = OPTIMISATION.model_copy(update={"steps": 60})
+    experts = tuple(expert(task) for task in TASKS)
+    estimates = {own.id: Fisher(policy=own, datasets=own.datasets, batches=2, batch_size=4) for own in experts}
+
+    def tuned(own: Train, other: Train) -> FineTune:
+        weights = FisherWeights(estimates=(estimates[own.id], estimates[other.id]))
+        start = Merge(sources=(own, other), group="attention+mlp", fisher=weights)
+        return FineTune(policy=start, dataset=own.dataset, optimisation=quick, frozen="attention+mlp")
+
+    whole = Assemble(policies=(tuned(*experts), tuned(*experts[::-1])), shared="attention+mlp")
+    asked = [evaluation(whole, task) for task in TASKS]
+    plan = run(asked, Settings(results=results, threads=1), QUIET)
+    assert [artefact.kind for artefact in plan.artefacts] == ["fisher", "fisher", "fine-tune", "fine-tune"]
+    assert plan.recordings == ()
+    store, tables = Store(results), Tables(results / "tables")
+    torch.set_num_threads(1)
+    for part in whole.policies:
+        *_, last = steps_of(begin(part, store, "cpu"))
+        stored = store.load_policy(part).arrays()
+        assert all(np.array_equal(stored[name], array) for name, array in last.result().arrays().items())
+    for one in asked:
+        policy = realise(whole, from_store(whole, store))
+        (episodes,) = evaluate([policy], get_task(one.task), episodes=one.episodes, seed=one.seed)
+        rows = tables.query(f"SELECT \"return\" FROM episodes WHERE evaluation = '{one.id}' ORDER BY episode")
+        assert rows["return"].to_pylist() == episodes.returns.tolist()
+    (row,) = tables.query("SELECT method, frozen, task FROM policies WHERE kind = 'assemble'").to_pylist()
+    assert row == {"method": "Fisher, batch", "frozen": "attention+mlp", "task": "hopper+walker2d"}
+    assert run(asked, Settings(results=results), QUIET).empty
 
 
 def test_a_failure_is_told_in_one_sentence_and_stops_nothing_else(finished, by_hand):

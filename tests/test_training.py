@@ -96,6 +96,14 @@ def test_the_head_carries_the_statistics_of_its_data(data: Trajectories) -> None
     assert float(head["best_return"]) == pytest.approx(data.returns.max(), rel=1e-6)
 
 
+def test_the_time_step_table_may_begin_quietly(data: Trajectories) -> None:
+    table = "embed_timestep.weight"
+    loud, quiet = (training(data, QUICK.model_copy(update={"timestep_std": std})).result() for std in (None, 0.02))
+    assert float(loud.heads["hopper"][table].std()) == pytest.approx(1.0, rel=0.05)
+    torch.testing.assert_close(quiet.heads["hopper"][table], 0.02 * loud.heads["hopper"][table])
+    assert all(torch.equal(tensor, loud.trunk[name]) for name, tensor in quiet.trunk.items())
+
+
 def test_learning_rates_follow_the_schedule() -> None:
     paper = Optimisation()
     assert learning_rate(paper, 0) == pytest.approx(1e-8)

@@ -27,8 +27,8 @@ from dt.model.policy import Policy
 from dt.tasks import get_task
 from dt.training import masks
 from dt.training.harmony import Harmony
-from dt.training.loop import TrainingState, initialised
-from dt.training.objective import action_loss
+from dt.training.loop import TrainingState
+from dt.training.objective import action_loss, fresh_model
 from dt.training.optimisation import Optimisation
 
 
@@ -206,7 +206,7 @@ def train_harmodt(
     tasks = [get_task(name) for name in data]
     for task in tasks:
         data[task.name].validate(task)
-    model = initialised(seed, lambda: DecisionTransformer(architecture, tasks, optimisation.dropout))
+    model = fresh_model(tasks, architecture, optimisation, seed)
     windows = {}
     for task in tasks:
         head = model.head(task.name)

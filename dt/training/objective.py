@@ -117,7 +117,7 @@ def train(
     tasks = [get_task(name) for name in data]
     for task in tasks:
         data[task.name].validate(task)
-    model = initialised(seed, lambda: DecisionTransformer(architecture, tasks, optimisation.dropout))
+    model = fresh_model(tasks, architecture, optimisation, seed)
     if trunk is not None:
         for name, shape in trunk_shapes(architecture).items():
             if name not in trunk or tuple(trunk[name].shape) != shape:
@@ -130,6 +130,18 @@ def train(
                 head.embed_timestep.weight.copy_(timesteps[: task.horizon])
         head.look_at(data[task.name])
     return _state(model, data, optimisation, seed, auxiliaries, identity or {}, device)
+
+
+def fresh_model(
+    tasks: Sequence[Task], architecture: Architecture, optimisation: Optimisation, seed: int
+) -> DecisionTransformer:
+    """A model as training begins it from a seed."""
+    model = initialised(seed, lambda: DecisionTransformer(architecture, tasks, optimisation.dropout))
+    if optimisation.timestep_std is not None:
+        with torch.no_grad():
+            for task in tasks:
+                model.head(task.name).embed_timestep.weight.mul_(optimisation.timestep_std)
+    return model
 
 
 def fine_tune(
