@@ -275,6 +275,24 @@ def export(
 
 
 @app.command()
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="A checkpoint of the original code: .pt, the whole model or its weights.")
+    ],
+    task: Annotated[str, typer.Option("--task", help="What it was trained for.")],
+    source: Annotated[
+        str, typer.Option("--source", help="Its data, for the states' mean and deviation: Minari id, .hdf5 or .pkl.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, .safetensors.")],
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Turn a checkpoint of the original code into a policy; nothing in it is run."""
+    from orchestrator.cli_work import convert_original
+
+    convert_original(file, task, source, output, Store(results))
+
+
+@app.command()
 def evaluate(
     file: Annotated[Path, typer.Argument(help="A policy that `mergedt export` wrote.")],
     task: Annotated[list[str] | None, typer.Option("--task", help="Default: all that it has heads for.")] = None,

@@ -234,6 +234,18 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
     )
 
 
+def convert_original(file: Path, task: str, source: str, output: Path, store: Store) -> None:
+    """Read a checkpoint of the original code and write it as a policy of ours, with its data's statistics."""
+    from dt.data.sources import load_imported
+    from dt.model.original import read_original
+    from dt.model.policy import save_policy
+
+    data = load_imported(source, get_task(task).name, store.datasets)
+    policy = read_original(file, task, state_mean=data.state_mean, state_std=data.state_std)
+    save_policy(policy, output, {"converted_from": file.name})
+    console.print(f"{output}: {policy.architecture}; try `mergedt evaluate {output}`", soft_wrap=True, highlight=False)
+
+
 def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: int) -> None:
     """Roll out the policy in a file and print what it reaches on each task."""
     from dt.model.policy import load_policy

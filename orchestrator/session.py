@@ -31,7 +31,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, and it silences a warning
 }
 _FOLDER = "mergedt-ray"
-PATIENCE_SECONDS = 300.0  # for an embedded Ray that is slow to start
+PATIENCE_SECONDS = 900.0  # for an embedded Ray that is slow to start
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -89,6 +89,10 @@ MISTAKES = {
     "trials": (("search", "regularisation", "--trials", "0"), "--trials"),
     "no policies yet": (("export", "abc", "--output", "x.safetensors"), "no policies"),
     "no such file": (("evaluate", "no.safetensors"), "no checkpoint at no.safetensors"),
+    "no original": (
+        ("convert", "no.pt", "--task", "hopper", "--source", "no.hdf5", "--output", "x.safetensors"),
+        "no.hdf5",
+    ),
     "no language model": (("plan", "table_3", "--init", "no/folder"), "cannot get the model 'no/folder'"),
     "no text": (("plan", "table_3", "--text", "no/folder"), "no/folder"),
 }
@@ -97,7 +101,7 @@ WITHOUT_RESULTS = ("rum", "evaluate")
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_told_in_a_sentence(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     arguments, says = MISTAKES[mistake]
     takes_results = arguments[0] not in WITHOUT_RESULTS and "--profil" not in arguments
     options = ("--results", str(tmp_path / "results")) if takes_results else ()

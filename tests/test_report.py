@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scipy import stats
 
 from dt.merging.groups import units
 from dt.scores import bootstrap_interval, retention_interval
@@ -35,8 +36,8 @@ BEFORE = 90.0
 
 def rows_of(point: Point, score: float, noise: float, rng: np.random.Generator) -> pa.Table:
     evaluation, task = point.evaluation, get_task(point.evaluation.task)
-    scores = score + noise * rng.standard_normal(evaluation.episodes)
     count = evaluation.episodes
+    scores = score + noise * stats.zscore(rng.standard_normal(count)) if noise else np.full(count, score)
     return pa.table(
         {
             "evaluation": [evaluation.id] * count,
