@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test reproduce lint
+.PHONY: help venv demo test reproduce bench lint
 
 help:
 	@echo "make demo       two robots, from data to a merged policy and its video, in minutes"
 	@echo "make test       lint, types and tests"
 	@echo "make reproduce  every figure and table of the paper at the laptop profile (hours; resumes)"
+	@echo "make bench      what a training step, an action, a merge cost here, next to the field's way and the floor"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       the virtual environment alone (TORCH_INDEX=<pip index> for another PyTorch build)"
 
@@ -39,6 +40,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 reproduce: $(READY)
 	$(BIN)/mergedt run all --profile laptop

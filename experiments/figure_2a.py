@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dt.merging.groups import units
-from experiments._pairs import LITTLE_DECREASE, ORDERED_PAIRS, TASKS
+from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, ORDERED_PAIRS, TASKS
 from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     question="Which sub-layers can be averaged with, or replaced by, those of a policy trained on another robot?",
     points=points,
     show=Figure(x="unit", series="alpha", kind="kind"),
+    differences=DIFFERENCES,
     claims=(
         *(
             Claim(

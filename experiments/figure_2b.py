@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from dt.merging.groups import units as units_of
+from experiments._pairs import DIFFERENCES
 from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
@@ -48,6 +49,7 @@ EXPERIMENT = Experiment(
     question="How does the return fall as sub-layers are merged one after another in depth order (α = 0.5)?",
     points=points,
     show=Figure(x="merged", series="target", panel="direction", ticks="last", kind="kind"),
+    differences=DIFFERENCES,
     claims=(
         *(
             Claim(

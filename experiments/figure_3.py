@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from experiments._pairs import LITTLE_DECREASE, PAIRS
+from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, PAIRS
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, Where, merged
 
 STILL_GOOD = 0.5  # "but we still see good results": at least half of the score
@@ -37,6 +37,7 @@ EXPERIMENT = Experiment(
     question="How much of its return does a policy keep as its attention becomes that of a policy for another robot?",
     points=points,
     show=Figure(x="alpha", series="target", panel="pair"),
+    differences=DIFFERENCES,
     claims=(
         *(
             Claim(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from experiments._pairs import LITTLE_DECREASE, TASKS
+from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, TASKS
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
 from orchestrator.recipes import Perturb, Quality, Train
 
@@ -44,6 +44,7 @@ EXPERIMENT = Experiment(
     question="How much do trained policies rely on their attention at all?",
     points=points,
     show=Table(rows=("quality", "task"), column="attention"),
+    differences=DIFFERENCES,
     claims=(
         *(_perturbed("hopper", q, f"hopper decreases when attention is perturbed ({q})", True) for q in QUALITIES),
         *(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from experiments._pairs import DIFFERENCES
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
 from orchestrator.recipes import AnyPolicy, Assemble, Merge, Train
 
@@ -65,6 +66,10 @@ EXPERIMENT = Experiment(
     question="How much of the trunk can two robots share when the rest is fine-tuned for each?",
     points=points,
     show=Table(rows=("configuration",), column="task", value="retention"),
+    differences=(
+        *DIFFERENCES,
+        "The paper's sizes (33.18 %, 596K) fit no trunk of the published code; ours are counted from the weights.",
+    ),
     claims=(
         *(
             _kept(f"{group}: {task} keeps at least {MOST:.0%}", f"{group}, {FINE_TUNED}", task, MOST)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from experiments._pairs import TASKS
+from experiments._pairs import DIFFERENCES, TASKS
 from experiments.table_3 import GROUP, started
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
 from orchestrator.recipes import AnyPolicy, Quality
@@ -39,6 +39,12 @@ EXPERIMENT = Experiment(
     question="How much do three robots keep on a shared larger trunk, merged by mean or by Fisher?",
     points=points,
     show=Table(rows=("task",), column="policy"),
+    differences=(
+        *DIFFERENCES,
+        "The larger trunk is GPT-2 small at the profile `paper` only; elsewhere a language model trained here.",
+        "Fisher is estimated without dropout, and an entry that no policy's Fisher weighs takes the plain mean.",
+        "As shipped, the original's Fisher script estimates the Fisher but then averages directly.",
+    ),
     claims=(
         *(
             Claim(

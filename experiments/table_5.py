@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from experiments._pairs import TASKS
+from experiments._pairs import DIFFERENCES, TASKS
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
 from orchestrator.recipes import AnyPolicy, Assemble, Auxiliaries, FineTune, TrainTogether
 
@@ -53,6 +53,12 @@ EXPERIMENT = Experiment(
     question="What is left of three experts with a common ancestor when their trunks become one?",
     points=points,
     show=Table(rows=("configuration",), column="task"),
+    differences=(
+        *DIFFERENCES,
+        "In the original the heads of two of three robots stay at their random start, in the base and in the experts.",
+        "Each expert's Fisher is estimated on its own expert data; the original's on all robots' medium data.",
+        "The trunk is narrower at the profile `laptop` (512 wide in the paper): see the profile.",
+    ),
     claims=(
         Claim(
             statement="fine-tuning on expert data improves on the base",

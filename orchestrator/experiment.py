@@ -253,6 +253,7 @@ class Experiment:
     points: Callable[[Setting], Iterable[Point]]
     show: Figure | Table
     claims: tuple[Claim, ...] = ()
+    differences: tuple[str, ...] = ()  # known ones between the paper's set-up and ours, where the results may differ by
     search: Search | None = None
 
 

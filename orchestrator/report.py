@@ -163,6 +163,8 @@ def _section(each: Answer, command: str) -> str:
             parts.append(_long_table(each))
     if experiment.claims:
         parts.append(_agreement(each))
+    if experiment.differences:
+        parts.append("What differs from the paper:\n\n" + "\n".join(f"* {text}" for text in experiment.differences))
     return "\n\n".join(parts)
 
 

@@ -117,7 +117,7 @@ def _within(recipe: AnyPolicy, kind: type[W]) -> W | None:
     match recipe:
         case _ if isinstance(recipe, kind):
             return recipe
-        case FineTune() | Perturb() | Vote():
+        case FineTune() | Vote():
             return _within(recipe.policy, kind)
         case Assemble():
             return _within(recipe.policies[0], kind)
@@ -172,7 +172,7 @@ def run_row(
         "gpu": gpu,
         "threads": threads,
         "precision": precision,
-        **_machine(),
+        **machine(),
     }
 
 
@@ -182,7 +182,8 @@ def run_rows(row: Mapping[str, Any]) -> pa.Table:
 
 
 @cache
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What the rows of `runs` and `benchmarks` say of this machine and its packages."""
     versions = {name: _version(name) for name in ("mergedt", "torch", "ray", "mujoco", "gymnasium")}
     return {"host": platform.node(), "cpus": os.cpu_count(), **versions}
 

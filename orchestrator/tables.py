@@ -158,6 +158,29 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
             ("recipe",),
             ("kind", "started", "recipe"),
         ),
+        "benchmarks": TableSpec(
+            _schema(
+                {
+                    "run": (TEXT, "one call of `make bench`"),
+                    "name": (TEXT, "what was measured"),
+                    "unit": (TEXT, "of work: a step, an action, …"),
+                    "seconds": (REAL, "ours, for one unit: the median over the rounds"),
+                    "literal_seconds": (REAL, "the field's way, in the same run; null where there is none"),
+                    "floor_seconds": (REAL, "its products alone at the rate measured in the same run"),
+                    "rounds": (SHORT, "of each, in turn"),
+                    "started": (TIME, "UTC"),
+                    "host": (TEXT, "machine"),
+                    "cpus": (SHORT, "of that machine; one is used"),
+                    "mergedt": (TEXT, "version"),
+                    "torch": (TEXT, "version"),
+                    "ray": (TEXT, "version"),
+                    "mujoco": (TEXT, "version"),
+                    "gymnasium": (TEXT, "version"),
+                }
+            ),
+            ("run",),
+            ("started", "run", "name"),
+        ),
         "experiments": TableSpec(
             _schema(
                 {

@@ -45,6 +45,7 @@ def test_experiments_use_only_declarations() -> None:
         "typing",
         "dt.merging.groups",
         "dt.model.architecture",
+        "dt.training.harmony",
         "experiments",
         "orchestrator",
     )

@@ -16,11 +16,13 @@ import pytest
 from toy import expert, merged, recording, sweep
 
 from dt.errors import UserError
+from dt.model.size import Size
 from orchestrator.recipes import Evaluate, Merge, Perturb
 from orchestrator.rows import episode_rows, policy_row, run_row, run_rows, training_rows
 from orchestrator.tables import SCHEMAS, SPECS, Tables
 
 ROOT = Path(__file__).parents[1]
+SIZE = Size(shared=10, specific=0, heads=20, mask_bits=0, transformer=1.0)
 
 
 def results(asked: Evaluate) -> pa.Table:
@@ -193,7 +195,7 @@ def test_policies_unfold_their_recipes(tables):
     merge = merged("attention", 0.5)
     perturbed = Perturb(policy=merge, group="mlp", how="random", seed=4)
     for policy in (expert("hopper"), merge, Merge(sources=merge.sources, group="trunk"), perturbed):
-        tables.append("policies", policy.id, policy_row(policy, 10, 20))
+        tables.append("policies", policy.id, policy_row(policy, SIZE))
     rows = tables.query(
         'SELECT kind, method, task, source_tasks, "group", alpha, perturbation_seed, width, steps, quality '
         "FROM policies ORDER BY kind, method"
@@ -214,7 +216,7 @@ def test_scores_are_the_means_of_the_episodes(tables):
     for asked in sweep():
         tables.append("episodes", asked.id, results(asked))
         if asked.policy.id not in tables.done("policies"):
-            tables.append("policies", asked.policy.id, policy_row(asked.policy, 1, 2))
+            tables.append("policies", asked.policy.id, policy_row(asked.policy, SIZE))
     rows = tables.query("FROM scores").to_pylist()
     assert len(rows) == len(sweep())
     for row in rows:

@@ -1,0 +1,128 @@
+"""What is measured. Every case is a function of how many rounds to take, and gives rows of the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.literal import LiteralEvaluation, LiteralTraining
+from benchmarks.measure import Measurement, interleaved, product_rate
+from dt.behaviour.record import record_chunk
+from dt.merging.merge import merge
+from dt.model.architecture import BASE
+from dt.model.policy import Policy
+from dt.model.size import block_parameters
+from dt.rollout.evaluate import evaluate
+from dt.tasks import get_task
+from dt.training.objective import train
+from dt.training.optimisation import Optimisation, Precision
+from orchestrator.plan import make_plan
+from orchestrator.recipes import Evaluate, Merge, Recording, Train
+from orchestrator.store import Store
+from orchestrator.tables import Tables
+
+TASK = get_task("halfcheetah")  # never ends early, so every round is the same work
+WINDOWS, TOKENS = 64, 60
+PRODUCTS = block_parameters(BASE)  # multiplications a token costs, biases and layer norms being next to nothing
+STEP_FLOP = 6 * PRODUCTS * WINDOWS * TOKENS  # forward and twice as much backward
+ACTION_FLOP = 46e6  # what an action needs at a full context when nothing is computed twice (facts, §5)
+DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def training(rounds: int) -> Iterator[Measurement]:
+    """One update, and one update with attention and MLP frozen, as merge-freeze-finetune takes it."""
+    data = record_chunk(TASK.name, "expert", 0, 0, 4)
+    literal = LiteralTraining(TASK, data, BASE)
+    for precision, dtype in DTYPES.items():
+        optimisation = Optimisation(steps=10**6, dropout=0.0, precision=precision)
+        state = train({TASK.name: data}, BASE, optimisation, seed=0)
+        seconds = interleaved({"ours": partial(state.advance, 1), "literal": literal.step}, rounds)
+        floor = STEP_FLOP / product_rate(dtype, WINDOWS * TOKENS)
+        yield Measurement(f"training step, {precision}", "step", seconds["ours"], seconds["literal"], floor)
+
+
+def evaluation(rounds: int) -> Iterator[Measurement]:
+    """Actions of one policy in 25 environments, of four policies together, and one at a time."""
+    data = record_chunk(TASK.name, "expert", 0, 0, 2)
+    policy = train({TASK.name: data}, BASE, Optimisation(), seed=0).result()
+    other = train({TASK.name: data}, BASE, Optimisation(), seed=1).result()
+    short = TASK.model_copy(update={"horizon": 60})
+    literal = LiteralEvaluation(TASK, LiteralTraining(TASK, data, BASE).model, data)
+    crowd: Mapping[str, list[Policy]] = {"1 policy": [policy], "4 policies": [policy, other] * 2}
+    for precision, dtype in DTYPES.items():
+        for name, policies in crowd.items():
+            actions = 25 * short.horizon * len(policies)
+            ours = partial(evaluate, policies, short, episodes=25, seed=0, precision=precision)
+            seconds = interleaved({"ours": _quiet(ours), "literal": partial(_act, literal, 60)}, rounds)
+            floor = ACTION_FLOP / product_rate(dtype, 25 * TOKENS)
+            yield Measurement(
+                f"action, {precision}, {name}", "action", seconds["ours"] / actions, seconds["literal"] / 60, floor
+            )
+
+
+def merging(rounds: int) -> Iterator[Measurement]:
+    """One merged candidate of a pair, against the original's loop over copied state dicts."""
+    data = record_chunk(TASK.name, "expert", 0, 0, 1)
+    pair = [train({TASK.name: data}, BASE, Optimisation(), seed=seed).result() for seed in (0, 1)]
+
+    def ours() -> None:
+        for step in range(100):
+            merge(pair, "attention+mlp", step / 100)
+
+    def literal() -> None:
+        first, second = (dict(policy.trunk) for policy in pair)
+        for step in range(100):
+            merged = {name: tensor.clone() for name, tensor in first.items()}
+            for name in merged:
+                if "attn" in name or "mlp" in name:
+                    merged[name] = (1 - step / 100) * first[name] + step / 100 * second[name]
+
+    seconds = interleaved({"ours": ours, "literal": literal}, rounds)
+    moved = 3 * 4 * PRODUCTS  # bytes: two are read, one is written
+    copied = torch.empty(50_000_000)
+    began = time.perf_counter()
+    copied.clone()
+    floor = moved / (2 * 4 * copied.numel() / (time.perf_counter() - began))
+    yield Measurement("merge of a pair", "candidate", seconds["ours"] / 100, seconds["literal"] / 100, floor)
+
+
+def planning(rounds: int) -> Iterator[Measurement]:
+    """A recipe in a plan of many."""
+    count = 20_000
+    experts = [Train(dataset=Recording(task=name, quality="expert", episodes=9)) for name in ("hopper", "walker2d")]
+
+    def plan() -> None:
+        asked = [
+            Evaluate(
+                policy=Merge(sources=tuple(experts), group="mlp", alpha=i / count), task="hopper", episodes=1, seed=0
+            )
+            for i in range(count)
+        ]
+        with TemporaryDirectory() as folder:
+            make_plan(asked, Store(Path(folder)), Tables(Path(folder, "tables")))
+
+    yield Measurement("planning", "recipe", interleaved({"ours": plan}, max(1, rounds // 3))["ours"] / count)
+
+
+def _quiet(call: Callable[[], object]) -> Callable[[], None]:
+    def done() -> None:
+        call()
+
+    return done
+
+
+def _act(literal: LiteralEvaluation, steps: int) -> None:
+    literal.act(steps)
+
+
+CASES: Mapping[str, Callable[[int], Iterator[Measurement]]] = {
+    "training": training,
+    "evaluation": evaluation,
+    "merging": merging,
+    "planning": planning,
+}

@@ -1,0 +1,126 @@
+"""The field's way, as the original code does it: windows assembled one by one, float32, one environment at batch 1.
+
+Written anew from its description (facts §2, §3, §9), not copied; the trunk is `transformers`' GPT-2.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+
+from dt.data.trajectories import Trajectories
+from dt.model.architecture import Architecture
+from dt.tasks import Task
+
+SCALE, CONTEXT, HORIZON = 1000.0, 20, 1000
+
+
+class LiteralModel(nn.Module):
+    """A Decision Transformer around Hugging Face's GPT-2."""
+
+    def __init__(self, task: Task, architecture: Architecture) -> None:
+        super().__init__()
+        d = architecture.width
+        config = GPT2Config(
+            vocab_size=1, n_embd=d, n_layer=architecture.layers, n_head=architecture.heads,
+            activation_function=architecture.activation, n_positions=1024,
+        )  # fmt: skip
+        self.trunk = GPT2Model(config)
+        nn.init.zeros_(self.trunk.wpe.weight)  # the original never adds it
+        self.embed_timestep = nn.Embedding(HORIZON, d)
+        self.embed_return, self.embed_state = nn.Linear(1, d), nn.Linear(task.state_dim, d)
+        self.embed_action, self.embed_ln = nn.Linear(task.action_dim, d), nn.LayerNorm(d)
+        self.predict_action = nn.Sequential(nn.Linear(d, task.action_dim), nn.Tanh())
+
+    def forward(self, states: Tensor, actions: Tensor, rtg: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
+        """(B, K, ·) → (B, K, A)."""
+        batch, steps = states.shape[:2]
+        parts = (self.embed_return(rtg), self.embed_state(states), self.embed_action(actions))
+        tokens = self.embed_ln(torch.stack(parts, dim=1).permute(0, 2, 1, 3).reshape(batch, 3 * steps, -1))
+        times = self.embed_timestep(timesteps).repeat_interleave(3, dim=1)
+        attention = mask.repeat_interleave(3, dim=1)
+        out = self.trunk(inputs_embeds=tokens + times, attention_mask=attention).last_hidden_state
+        actions: Tensor = self.predict_action(out.reshape(batch, steps, 3, -1)[:, :, 1])
+        return actions
+
+
+class LiteralTraining:
+    """One update at a time: a batch of 64 windows built sample by sample."""
+
+    def __init__(self, task: Task, data: Trajectories, architecture: Architecture, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = LiteralModel(task, architecture)
+        self._rng, self._data = np.random.default_rng(seed), data
+        self._optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=1e-4)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: min((step + 1) / 10_000, 1))
+        self._episodes = [slice(a, b) for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
+        self._mean, self._std = data.state_mean, data.state_std
+
+    def step(self) -> None:
+        """Sample, forward, backward, clip, update."""
+        states, actions, rtg, timesteps, mask = self._batch(64)
+        predicted = self.model(states, actions, rtg, timesteps, mask)
+        loss = ((predicted[mask > 0] - actions[mask > 0]) ** 2).mean()
+        self._optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.25)
+        self._optimiser.step()
+        self._schedule.step()
+        loss.item()
+
+    def _batch(self, size: int) -> tuple[Tensor, ...]:
+        lengths = np.array([episode.stop - episode.start for episode in self._episodes])
+        chosen = self._rng.choice(len(lengths), size=size, replace=True, p=lengths / lengths.sum())
+        columns: tuple[list[NDArray[np.float32]], ...] = ([], [], [], [], [])
+        for index in chosen:
+            episode = self._episodes[index]
+            start = self._rng.integers(lengths[index])
+            stop = min(start + CONTEXT, lengths[index])
+            count, here = stop - start, slice(episode.start + start, episode.start + stop)
+            states = (self._data.observations[here] - self._mean) / self._std
+            rewards = self._data.rewards[episode.start + start : episode.stop]
+            rtg = np.array([rewards[i:].sum() for i in range(count)], dtype=np.float32)[:, None] / SCALE
+            parts = (states, self._data.actions[here], rtg, np.arange(start, stop)[:, None], np.ones((count, 1)))
+            for column, part in zip(columns, parts, strict=True):
+                padding = np.zeros((CONTEXT - count, part.shape[1]))
+                column.append(np.concatenate([padding, part]).astype(np.float32)[None])
+        states, actions, rtg, timesteps, mask = (torch.from_numpy(np.concatenate(column)) for column in columns)
+        return states, actions, rtg, timesteps[..., 0].long().clamp(max=HORIZON - 1), mask[..., 0]
+
+
+class LiteralEvaluation:
+    """One environment, one action at a time."""
+
+    def __init__(self, task: Task, model: LiteralModel, data: Trajectories) -> None:
+        self._task, self._model, self._mean, self._std = task, model.eval(), data.state_mean, data.state_std
+        self._environment = gymnasium.make(task.environment)
+
+    @torch.no_grad()
+    def act(self, steps: int, seed: int = 0) -> int:
+        """Roll out until so many actions have been taken, over as many episodes as it takes; returns their number."""
+        taken = 0
+        while taken < steps:
+            observation, _ = self._environment.reset(seed=seed)
+            history: deque[tuple[Tensor, Tensor, Tensor, int]] = deque(maxlen=CONTEXT)
+            wanted, ended, time = self._task.target_return, False, 0
+            while not ended and taken < steps:
+                state = torch.from_numpy((observation - self._mean) / self._std).float()
+                history.append((state, torch.zeros(self._task.action_dim), torch.tensor([wanted / SCALE]), time))
+                states, actions, rtg, times = zip(*history, strict=True)
+                predicted = self._model(
+                    torch.stack(states)[None], torch.stack(actions)[None], torch.stack(rtg)[None].float(),
+                    torch.tensor(times)[None].clamp(max=HORIZON - 1), torch.ones(1, len(times)),
+                )  # fmt: skip
+                action = predicted[0, -1]
+                history[-1] = (history[-1][0], action, *history[-1][2:])
+                observation, reward, terminated, truncated, _ = self._environment.step(action.numpy())
+                wanted, time, taken = wanted - float(reward), time + 1, taken + 1
+                ended = terminated or truncated
+            seed += 1
+        return taken
