@@ -80,7 +80,7 @@ def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
 
 _UNIT_COSTS = """
 SELECT 'train' AS kind, sum(r.seconds * coalesce(r.threads, 1)) / sum(p.steps) AS unit
-FROM runs r JOIN policies p ON r.recipe = p.policy WHERE r.kind = 'train'
+FROM runs r JOIN policies p ON r.recipe = p.policy WHERE r.kind IN ('train', 'fine-tune', 'train-together')
 UNION ALL
 SELECT 'evaluate', sum(r.seconds) / sum(s.episodes)
 FROM runs r JOIN scores s ON r.recipe = s.evaluation WHERE r.kind = 'evaluate'
