@@ -46,8 +46,8 @@ class LiteralModel(nn.Module):
         times = self.embed_timestep(timesteps).repeat_interleave(3, dim=1)
         attention = mask.repeat_interleave(3, dim=1)
         out = self.trunk(inputs_embeds=tokens + times, attention_mask=attention).last_hidden_state
-        actions: Tensor = self.predict_action(out.reshape(batch, steps, 3, -1)[:, :, 1])
-        return actions
+        predicted: Tensor = self.predict_action(out.reshape(batch, steps, 3, -1)[:, :, 1])
+        return predicted
 
 
 class LiteralTraining:
@@ -68,7 +68,7 @@ class LiteralTraining:
         predicted = self.model(states, actions, rtg, timesteps, mask)
         loss = ((predicted[mask > 0] - actions[mask > 0]) ** 2).mean()
         self._optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.25)
         self._optimiser.step()
         self._schedule.step()
@@ -90,8 +90,8 @@ class LiteralTraining:
             for column, part in zip(columns, parts, strict=True):
                 padding = np.zeros((CONTEXT - count, part.shape[1]))
                 column.append(np.concatenate([padding, part]).astype(np.float32)[None])
-        states, actions, rtg, timesteps, mask = (torch.from_numpy(np.concatenate(column)) for column in columns)
-        return states, actions, rtg, timesteps[..., 0].long().clamp(max=HORIZON - 1), mask[..., 0]
+        batch = [torch.from_numpy(np.concatenate(column)) for column in columns]
+        return batch[0], batch[1], batch[2], batch[3][..., 0].long().clamp(max=HORIZON - 1), batch[4][..., 0]
 
 
 class LiteralEvaluation:

@@ -44,7 +44,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         expected = trunk_shapes(self.architecture)
-        for task in self.heads:
+        for task in self.heads or ("",):  # a trunk without heads is checked alone
             found = {**self.trunk, **self.specific.get(task, {})}
             if expected.keys() != found.keys():
                 odd = sorted(expected.keys() ^ found.keys())[0]
