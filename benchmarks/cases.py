@@ -35,7 +35,7 @@ DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16":
 
 
 def training(rounds: int) -> Iterator[Measurement]:
-    """One update, and one update with attention and MLP frozen, as merge-freeze-finetune takes it."""
+    """One update: sampling, forward, backward, clipping, optimiser."""
     data = record_chunk(TASK.name, "expert", 0, 0, 4)
     literal = LiteralTraining(TASK, data, BASE)
     for precision, dtype in DTYPES.items():
@@ -58,7 +58,7 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
         for name, policies in crowd.items():
             actions = 25 * short.horizon * len(policies)
             ours = partial(evaluate, policies, short, episodes=25, seed=0, precision=precision)
-            seconds = interleaved({"ours": _quiet(ours), "literal": partial(_act, literal, 60)}, rounds)
+            seconds = interleaved({"ours": ours, "literal": partial(literal.act, 60)}, rounds)
             floor = ACTION_FLOP / product_rate(dtype, 25 * TOKENS)
             yield Measurement(
                 f"action, {precision}, {name}", "action", seconds["ours"] / actions, seconds["literal"] / 60, floor
@@ -108,17 +108,6 @@ def planning(rounds: int) -> Iterator[Measurement]:
             make_plan(asked, Store(Path(folder)), Tables(Path(folder, "tables")))
 
     yield Measurement("planning", "recipe", interleaved({"ours": plan}, max(1, rounds // 3))["ours"] / count)
-
-
-def _quiet(call: Callable[[], object]) -> Callable[[], None]:
-    def done() -> None:
-        call()
-
-    return done
-
-
-def _act(literal: LiteralEvaluation, steps: int) -> None:
-    literal.act(steps)
 
 
 CASES: Mapping[str, Callable[[int], Iterator[Measurement]]] = {

@@ -31,7 +31,7 @@ class Measurement:
         return self.floor / self.ours if self.floor else None
 
 
-def interleaved(work: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for count in range(rounds + 1):

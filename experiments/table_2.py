@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from experiments._pairs import DIFFERENCES
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
-from orchestrator.recipes import AnyPolicy, Assemble, Merge, Train
+from orchestrator.recipes import Assemble, Merge, Train
 
 ROBOTS = ("hopper", "halfcheetah")
 GROUPS = ("trunk", "attention+mlp", "attention")
@@ -38,16 +38,10 @@ def points(setting: Setting) -> Iterator[Point]:
     """Seven configurations, both robots."""
     for seed in setting.profile.sweep_seeds:
         for task in ROBOTS:
-            yield _point(setting, "original", setting.expert(task, seed), task, seed)
+            yield setting.point(setting.expert(task, seed), task, configuration="original", seed=seed)
         for configuration, policy in configurations(setting, seed):
             for task in ROBOTS:
-                yield _point(setting, configuration, policy, task, seed)
-
-
-def _point(setting: Setting, configuration: str, policy: AnyPolicy, task: str, seed: int) -> Point:
-    return Point(
-        labels={"configuration": configuration, "task": task, "seed": seed}, evaluation=setting.evaluate(policy, task)
-    )
+                yield setting.point(policy, task, configuration=configuration, seed=seed)
 
 
 def _kept(statement: str, configuration: str, task: str, share: float) -> Claim:

@@ -56,19 +56,13 @@ def points(setting: Setting) -> Iterator[Point]:
     for quality in QUALITIES:
         for column, policy, instance in columns(setting, quality):
             for task in TASKS:
-                yield _point(setting, quality, task, column, policy, instance)
+                yield setting.point(policy, task, quality=quality, policy=column, seed=instance)
         seed = setting.profile.sweep_seeds[0]
         for task in TASKS:
             for start in STARTS:
                 column = "single-task" if start == "random" else f"{start}, before merging"
-                yield _point(setting, quality, task, column, started(setting, task, quality, start, seed=seed), seed)
-
-
-def _point(setting: Setting, quality: Quality, task: str, column: str, policy: AnyPolicy, instance: int) -> Point:
-    return Point(
-        labels={"quality": quality, "task": task, "policy": column, "seed": instance},
-        evaluation=setting.evaluate(policy, task),
-    )
+                own = started(setting, task, quality, start, seed=seed)
+                yield setting.point(own, task, quality=quality, policy=column, seed=seed)
 
 
 def _better(better: str, than: str, quality: Quality) -> Claim:

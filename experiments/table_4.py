@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from experiments._pairs import DIFFERENCES, TASKS
 from experiments.table_3 import GROUP, started
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
-from orchestrator.recipes import AnyPolicy, Quality
+from orchestrator.recipes import Quality
 
 QUALITY: Quality = "medium-expert"
 TRUNKS = {"ChibiT_R": False, "GPT2_R": True}  # name → whether it is the larger one
@@ -18,18 +18,14 @@ def points(setting: Setting) -> Iterator[Point]:
     for trunk, large in TRUNKS.items():
         sources = tuple(started(setting, task, QUALITY, "ChibiT_R", large=large, seed=seed) for task in TASKS)
         for source in sources:
-            yield _point(setting, source.task, f"{trunk}, before merging", source, seed)
+            yield setting.point(source, source.task, policy=f"{trunk}, before merging", seed=seed)
         for method, fisher in METHODS.items():
             for instance in range(setting.profile.instances):
                 policy = setting.merge_freeze_finetune(sources, GROUP, instance, fisher=fisher)
                 for task in TASKS:
-                    yield _point(setting, task, f"{trunk}, {method}", policy, instance)
+                    yield setting.point(policy, task, policy=f"{trunk}, {method}", seed=instance)
     for task in TASKS:
-        yield _point(setting, task, "single-task", setting.expert(task, seed, QUALITY), seed)
-
-
-def _point(setting: Setting, task: str, column: str, policy: AnyPolicy, instance: int) -> Point:
-    return Point(labels={"task": task, "policy": column, "seed": instance}, evaluation=setting.evaluate(policy, task))
+        yield setting.point(setting.expert(task, seed, QUALITY), task, policy="single-task", seed=seed)
 
 
 EXPERIMENT = Experiment(

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 
 from experiments._pairs import DIFFERENCES, TASKS
+from experiments.table_3 import DISTANCE
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
 from orchestrator.recipes import AnyPolicy, Assemble, Auxiliaries, FineTune, TrainTogether
 
-DISTANCE = 1e-4  # λ3, towards the base
 FROZEN, FROZEN_HEAD = "ln_f", ("embed_timestep",)
 GROUP = "trunk"
 
@@ -40,10 +40,7 @@ def points(setting: Setting) -> Iterator[Point]:
     for seed in range(setting.profile.instances):
         for configuration, policies in configurations(setting, seed):
             for task, policy in policies.items():
-                yield Point(
-                    labels={"configuration": configuration, "task": task, "seed": seed},
-                    evaluation=setting.evaluate(policy, task),
-                )
+                yield setting.point(policy, task, configuration=configuration, seed=seed)
 
 
 EXPERIMENT = Experiment(

@@ -162,7 +162,8 @@ def _make(
     slots = slots_for(len(plan.trainings), settings, session)
     left = list(plan.artefacts)
     while wave := _ready(left, store.stored()):
-        left = [artefact for artefact in left if artefact not in wave]
+        taken = {artefact.id for artefact in wave}
+        left = [artefact for artefact in left if artefact.id not in taken]
         others = [artefact for artefact in wave if not isinstance(artefact, Job)]
         trainings = [artefact for artefact in wave if isinstance(artefact, Job)]
         if others:

@@ -149,7 +149,7 @@ class Setting:
         return TrainTogether(
             datasets=tuple(self.data.dataset(task, quality, self.profile) for task in tasks),
             architecture=architecture or self.profile.architecture,
-            optimisation=self.profile.optimisation if harmony is None else self.profile.together,
+            optimisation=self.profile.optimisation if harmony is None else self.profile.in_turn(len(tasks)),
             seed=seed,
             harmony=harmony,
         )
@@ -172,6 +172,10 @@ class Setting:
     def fisher(self, policy: Trained) -> Fisher:
         """How much each of its parameters matters on its own data: as the original estimates it (§VI)."""
         return Fisher(policy=policy, datasets=policy.datasets, batches=self.profile.fisher_batches)
+
+    def point(self, policy: AnyPolicy, task: str, /, **labels: Label) -> Point:
+        """The evaluation of a policy on a task, under that task and those labels."""
+        return Point(labels={"task": task, **labels}, evaluation=self.evaluate(policy, task))
 
     def evaluate(self, policy: AnyPolicy, task: str) -> Evaluate:
         """The profile's evaluation of a policy: the same starts for every policy of a task."""

@@ -50,10 +50,9 @@ class Profile(Frozen):
     harmony_interval: int = Field(500, gt=0)  # updates between two swaps of HarmoDT's masks
     fisher_batches: int = Field(750, gt=0)
 
-    @property
-    def together(self) -> Optimisation:
+    def in_turn(self, tasks: int) -> Optimisation:
         """Of HarmoDT, whose steps are one task's each: as many windows of every task as a single-task policy sees."""
-        steps, warmup = 3 * self.optimisation.steps, 3 * self.optimisation.warmup_steps
+        steps, warmup = tasks * self.optimisation.steps, tasks * self.optimisation.warmup_steps
         return self.optimisation.model_copy(update={"steps": steps, "warmup_steps": warmup})
 
     @field_validator("training_seeds", "sweep_seeds")

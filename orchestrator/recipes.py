@@ -79,6 +79,18 @@ _canonical_frozen = lru_cache(maxsize=1024)(_canonical_fields)  # a sweep repeat
 _members = lru_cache(maxsize=1024)(parameters_of)
 
 
+class _Embedded(Recipe):
+    """A recipe whose canonical JSON is kept: thousands of merges embed the same expert."""
+
+    def canonical_json(self) -> str:
+        return self.canonical
+
+    @cached_property
+    def canonical(self) -> str:
+        """What `canonical_json` returns."""
+        return _canonical_fields(self)
+
+
 class _OfTask(Recipe):
     task: str
 
@@ -152,7 +164,7 @@ class Auxiliaries(Frozen):
     distance_formula: Literal["sum of norms", "norm"] = "sum of norms"  # the original code's, the paper's
 
 
-class Train(Recipe):
+class Train(_Embedded):
     """One single-task Decision Transformer trained from a random initialisation, or from a language model's."""
 
     kind: Literal["train"] = "train"
@@ -183,16 +195,8 @@ class Train(Recipe):
     def datasets(self) -> tuple[Dataset, ...]:
         return (self.dataset,)
 
-    def canonical_json(self) -> str:
-        return self.canonical
 
-    @cached_property
-    def canonical(self) -> str:
-        """Its canonical JSON, kept: thousands of merges embed the same expert."""
-        return _canonical_fields(self)
-
-
-class TrainTogether(Recipe):
+class TrainTogether(_Embedded):
     """One multi-task Decision Transformer: a trunk for all tasks, a head each; with `harmony`, a mask each (HarmoDT).
 
     A step takes a batch of every task; with `harmony`, of one task in turn.
@@ -216,16 +220,8 @@ class TrainTogether(Recipe):
     def task(self) -> str:
         return "+".join(dataset.task for dataset in self.datasets)
 
-    def canonical_json(self) -> str:
-        return self.canonical
 
-    @cached_property
-    def canonical(self) -> str:
-        """Its canonical JSON, kept."""
-        return _canonical_fields(self)
-
-
-class FineTune(Recipe):
+class FineTune(_Embedded):
     """A policy trained on, for one task: all of its task's head and of its trunk but what is frozen (§V-C, §VI)."""
 
     kind: Literal["fine-tune"] = "fine-tune"
@@ -258,14 +254,6 @@ class FineTune(Recipe):
     @property
     def architecture(self) -> Architecture:
         return self.policy.architecture
-
-    def canonical_json(self) -> str:
-        return self.canonical
-
-    @cached_property
-    def canonical(self) -> str:
-        """Its canonical JSON, kept."""
-        return _canonical_fields(self)
 
 
 class Fisher(Recipe):

@@ -65,9 +65,14 @@ def number(sample: Sample | None, measure: Measure) -> str:
     """A value with its interval: `0.98 [0.95, 1.01]`, or a dash where there is none."""
     if sample is None:
         return "–"
+    value, low, high = (plain(each, measure) for each in (sample.value, *sample.interval))
+    return f"{value} [{low}, {high}]"
+
+
+def plain(value: float, measure: Measure) -> str:
+    """A number alone, in the digits of its measure."""
     digits = {"score": 1, "return": 0}.get(measure, 2)
-    low, high = sample.interval
-    return f"{sample.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -184,7 +189,7 @@ def _long_table(each: Answer) -> str:
         [
             *(spell(name, cell.labels[name]) for name in labels),
             *(number(cell.estimates.get(measure), measure) for measure in measures),
-            *([_plain(value, shown) if value is not None else "–"] * with_paper),
+            *([plain(value, shown) if value is not None else "–"] * with_paper),
             *([f"{cell.size:.2%}" if cell.size is not None else "–"] * with_size),
             str(cell.episodes),
             str(cell.seeds),
@@ -204,7 +209,7 @@ def _wide_table(each: Answer, show: Table) -> str:
         ours = number(cell.estimates.get(show.value), show.value)
         key = tuple(spell(name, cell.labels[name]) for name in show.rows)
         cells = lines.setdefault(key, {})
-        cells[cell.labels[show.column]] = ours if paper is None else f"{ours}<br>**paper {_plain(paper, show.value)}**"
+        cells[cell.labels[show.column]] = ours if paper is None else f"{ours}<br>**paper {plain(paper, show.value)}**"
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
     return markdown_table(
         header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines.items())
@@ -267,8 +272,3 @@ def ordering(each: Answer) -> tuple[float, int] | None:
         return None
     papers, ours_all = zip(*pairs, strict=True)
     return float(kendalltau(papers, ours_all).statistic), len(pairs)
-
-
-def _plain(value: float, measure: Measure) -> str:
-    """A number without an interval, in the digits of `number`."""
-    return f"{value:.1f}" if measure == "score" else f"{value:.2f}"

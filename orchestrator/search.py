@@ -84,7 +84,7 @@ def run_search(
             done[trial.number] = Trial(trial.number, chosen[trial.number], values)
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
     best = [_first_alike(trial, done) for trial in study.best_trials]
-    again = {trial.number: dict(trial.parameters) for trial in {trial.number: trial for trial in best}.values()}
+    again = {trial.number: dict(trial.parameters) for trial in best}
     elsewhere = evaluate(search, again, setting, store, settings, data_return, console, objectives, shift=HELD_OUT)
     return Outcome(
         tuple(done.values()),

@@ -40,6 +40,8 @@ def _schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, metadata={"meaning": text}) for name, (kind, text) in columns.items()])
 
 
+_VERSIONS = dict.fromkeys(("mergedt", "torch", "ray", "mujoco", "gymnasium"), (TEXT, "version"))
+
 SPECS: Mapping[str, TableSpec] = MappingProxyType(
     {
         "episodes": TableSpec(
@@ -148,11 +150,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "gpu": (TEXT, "model; null on CPU"),
                     "threads": (SHORT, "torch threads"),
                     "precision": (TEXT, "of the matrix products; null for a recording"),
-                    "mergedt": (TEXT, "version"),
-                    "torch": (TEXT, "version"),
-                    "ray": (TEXT, "version"),
-                    "mujoco": (TEXT, "version"),
-                    "gymnasium": (TEXT, "version"),
+                    **_VERSIONS,
                 }
             ),
             ("recipe",),
@@ -171,11 +169,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "started": (TIME, "UTC"),
                     "host": (TEXT, "machine"),
                     "cpus": (SHORT, "of that machine; one is used"),
-                    "mergedt": (TEXT, "version"),
-                    "torch": (TEXT, "version"),
-                    "ray": (TEXT, "version"),
-                    "mujoco": (TEXT, "version"),
-                    "gymnasium": (TEXT, "version"),
+                    **_VERSIONS,
                 }
             ),
             ("run",),
