@@ -1,4 +1,4 @@
-# make demo · make test · make reproduce · make lint · make venv
+# make demo · make test · make reproduce · make chaos · make lint · make venv
 #
 # PYTHON       any Python >= 3.11, used once to create .venv
 # TORCH_INDEX  extra pip index with the PyTorch build you want (CPU or a CUDA version); empty: pip's own configuration decides
@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test reproduce bench lint
+.PHONY: help venv demo test reproduce bench chaos lint
 
 help:
 	@echo "make demo       two robots, from data to a merged policy and its video, in minutes"
 	@echo "make test       lint, types and tests"
 	@echo "make reproduce  every figure and table of the paper at the laptop profile (hours; resumes)"
 	@echo "make bench      what a training step, an action, a merge cost here, next to the field's way and the floor"
+	@echo "make chaos      a sweep, killed a hundred times, ends with the rows of one that nobody disturbed (hours)"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       the virtual environment alone (TORCH_INDEX=<pip index> for another PyTorch build)"
 
@@ -43,6 +44,9 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+chaos: $(READY)
+	$(BIN)/pytest tests/chaos --kills 100 --capture no
 
 reproduce: $(READY)
 	$(BIN)/mergedt run all --profile laptop

@@ -72,6 +72,6 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, UserError):
         return str(cause)
     if isinstance(cause, RayError):
-        return "its process died again and again (memory?)"
+        return "its process died (of memory? with its machine?): run the same command again"
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

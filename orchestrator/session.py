@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -67,7 +68,8 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             try:
                 _start(folder, cpus)
                 _silence(folder)
-                yield _session(embedded=True)
+                with _terminable():
+                    yield _session(embedded=True)
             finally:
                 ray.shutdown()
                 _end_processes(folder)
@@ -80,9 +82,23 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        yield _session(embedded=False)
+        with _terminable():
+            yield _session(embedded=False)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler sends it, end the block as Ctrl-C does; Ray would print a C++ stack and be gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def _start(folder: Path, cpus: int | None) -> None:

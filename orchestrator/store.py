@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -36,9 +37,14 @@ POLICY = "policy.safetensors"  # of all other kinds
 
 
 class Store:
-    """The results folder at `root`. Makes nothing on disk until something is written."""
+    """The results folder at `root`. Makes nothing on disk until something is written.
+
+    Raises UserError for the address of an object store: locks and renames need a file system.
+    """
 
     def __init__(self, root: Path) -> None:
+        if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)):
+            raise UserError(f"results live in a folder, not at {root}: mount it on all machines and give that folder")
         self.root = Path(root).absolute()  # workers have another working directory
         self.artefacts = self.root / "artefacts"
         self.datasets = self.root / "datasets"
@@ -134,6 +140,8 @@ class Store:
         for folder in (self.artefacts, self.tables):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
+        for leftover in self.datasets.glob("**/.recording-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,9 +1,10 @@
-"""Sweeps on Ray Tune: one trial is one line of a sweep, and its jobs stream through the shared rollout pool."""
+"""Sweeps on Ray Tune: a trial is a line of a sweep, or several, and its jobs stream through the shared rollout pool."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import ray
@@ -18,6 +19,8 @@ from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
 
 Line = tuple[Evaluate, ...]
+TRIALS = 256  # at most: one costs Tune some kilobytes and a tenth of a second
+IN_FLIGHT = 4  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
 
 
 def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
@@ -37,6 +40,18 @@ def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
     return (*settings, policy.id)
 
 
+def bundles_of(lines: Sequence[Line], count: int = TRIALS) -> list[Line]:
+    """Neighbouring lines joined until there are `count` bundles, or at most twice as many: no line is cut."""
+    size = sum(map(len, lines)) / count
+    bundles: list[Line] = []
+    for line in lines:
+        if bundles and len(bundles[-1]) + len(line) <= size:
+            bundles[-1] += line
+        else:
+            bundles.append(line)
+    return bundles
+
+
 def sweep(
     evaluations: Sequence[Evaluate], store: Store, tables: Tables, *, workers: int, phase: Phase
 ) -> list[Failure]:
@@ -46,7 +61,7 @@ def sweep(
     weights = {part.id: (part, ray.put(_arrays(part, store))) for part in parts.values()}
     pool = RolloutPool.remote(weights)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
-    lines = lines_of(evaluations)
+    bundles = bundles_of(lines_of(evaluations))
     failures: list[Failure] = []
 
     def commit(report: dict[str, Any]) -> None:
@@ -60,11 +75,11 @@ def sweep(
 
     try:
         died = run_trials(
-            tune.with_parameters(_run_line, pool=pool, lines=[pickle.dumps(line) for line in lines]),
-            "line",
-            list(range(len(lines))),
+            tune.with_parameters(_run_bundle, pool=pool, bundles=[pickle.dumps(bundle) for bundle in bundles]),
+            "bundle",
+            list(range(len(bundles))),
             commit,
-            concurrent=min(len(lines), workers + 2),
+            concurrent=min(len(bundles), workers + 2),
             reuse=True,
         )
     finally:
@@ -80,12 +95,14 @@ def _arrays(part: Artefact, store: Store) -> Weights:
     return store.load_policy(part).arrays()
 
 
-def _run_line(config: dict[str, Any], pool: Any, lines: list[bytes]) -> None:
-    """The trial: all jobs of a line into the pool at once, each reported as soon as it is done."""
-    line: Line = pickle.loads(lines[config["line"]])
-    waiting = [pool.evaluate.remote(job) for job in jobs_of(line)]
+def _run_bundle(config: dict[str, Any], pool: Any, bundles: list[bytes]) -> None:
+    """The trial: its jobs into the pool, a few at a time, each reported as soon as it is done."""
+    bundle: Line = pickle.loads(bundles[config["bundle"]])
+    jobs = iter(jobs_of(bundle))
+    waiting = [pool.evaluate.remote(job) for job in islice(jobs, IN_FLIGHT)]
     while waiting:
         ready, waiting = ray.wait(waiting)
+        waiting += [pool.evaluate.remote(job) for job in islice(jobs, len(ready))]
         results = [result for job in ray.get(ready) for result in job]
         tune.report({"results": results, "evaluations": len(results)})  # a number that stays: without one Tune prints
 

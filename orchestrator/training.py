@@ -78,6 +78,9 @@ def train_all(
     from orchestrator.tuning import run_trials
 
     by_id = {recipe.id: recipe for recipe in recipes}
+    for recipe in recipes:
+        if not can_resume(store.training_path(recipe)):
+            store.discard_training(recipe)
     finished: set[str] = set()
     failures: list[Failure] = []
 
@@ -152,6 +155,19 @@ def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
     tables.append("runs", recipe.id, run_rows(outcome["run"]))
     store.discard_training(recipe)
     return True
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether Ray Train will go on from what is there. A kill while it wrote its snapshot, in place, leaves half of it
+    or one that names a checkpoint already gone; it would refuse that for ever."""
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    if not snapshot.is_file():
+        return True
+    try:
+        results = json.loads(snapshot.read_text())["checkpoint_results"]
+        return all((folder / result["checkpoint_dir_name"]).is_dir() for result in results)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from toy import sweep
+from toy import everything
 
 from orchestrator.session import Session, connect
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long `tests/chaos` goes on."""
+    parser.addoption("--kills", type=int, default=5, help="processes that tests/chaos kills (at least one of each)")
+    parser.addoption("--chaos-seed", type=int, default=0, help="of the moments they are killed at")
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +26,10 @@ def ray_session() -> Iterator[Session]:
 
 @pytest.fixture(scope="session")
 def finished(ray_session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder in which the toy sweep was computed without a disturbance."""
+    """A results folder in which all toy recipes were computed without a disturbance."""
     from orchestrator.engine import Settings, run
 
     assert ray_session.cpus == 2
     results = tmp_path_factory.mktemp("finished")
-    run(sweep(), Settings(results=results, threads=1), Console(file=io.StringIO()))
+    run(everything(), Settings(results=results, threads=1), Console(file=io.StringIO()))
     return results

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
 
 launcher = pytest.importorskip("ray.autoscaler._private.util", reason="Ray moved its private launcher module")
 
@@ -56,3 +59,37 @@ def test_images_carry_the_pinned_ray() -> None:
         line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
     )
     assert f":{pins['ray']}-" in read("cluster.yaml")["docker"]["image"]
+    assert kubernetes()["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
+    assert f"rayproject/ray:{pins['ray']}-" in (ROOT / "cluster-kuberay.yaml").read_text()
+
+
+def kubernetes() -> dict[str, Any]:
+    documents = yaml.safe_load_all((ROOT / "cluster-kuberay.yaml").read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def test_on_kubernetes_all_pods_share_the_results_and_ask_for_the_token() -> None:
+    volume, job = (kubernetes()[kind] for kind in ("PersistentVolumeClaim", "RayJob"))
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"]["mode"] == "token"
+    assert volume["spec"]["accessModes"] == ["ReadWriteMany"]
+    results = Path(job["spec"]["entrypoint"].partition("--results ")[2])
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,) = pod["containers"]
+        (mount,) = container["volumeMounts"]
+        (shared,) = pod["volumes"]
+        assert results.is_relative_to(mount["mountPath"])
+        assert shared["name"] == mount["name"]
+        assert shared["persistentVolumeClaim"]["claimName"] == volume["metadata"]["name"]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    asked = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in groups]
+    assert ["nvidia.com/gpu" in limits for limits in asked] == [False, True]  # trainings on GPUs, the rest anywhere
+    assert cluster["workerGroupSpecs"][0]["minReplicas"] == 0
+
+
+def test_on_kubernetes_the_command_is_one() -> None:
+    program, *arguments = kubernetes()["RayJob"]["spec"]["entrypoint"].split()
+    assert program == "mergedt"
+    done = CliRunner().invoke(app, [*arguments, "--help"])
+    assert done.exit_code == 0, done.output

@@ -2,12 +2,10 @@
 
 import ast
 import io
+import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from toy import ARCHITECTURE, OPTIMISATION, TASKS, evaluation, expert, merged, recording, sweep
+from toy import ARCHITECTURE, OPTIMISATION, TASKS, evaluation, everything, expert, merged, recording, shared, sweep
 
 from dt.behaviour.record import record
 from dt.data.sources import load_recorded
@@ -32,14 +30,14 @@ from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
 from orchestrator.progress import phase
-from orchestrator.recipes import Assemble, Evaluate, FineTune, Fisher, FisherWeights, Merge, Perturb, Train
+from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Train, closure
 from orchestrator.rollouts import jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
-from orchestrator.sweeps import lines_of
+from orchestrator.sweeps import bundles_of, lines_of
 from orchestrator.tables import Tables
-from orchestrator.training import LOG_EVERY
+from orchestrator.training import LOG_EVERY, can_resume
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(file=io.StringIO())
@@ -91,7 +89,7 @@ def test_trainings_are_bit_for_bit_the_library_s(finished, by_hand):
     for task in TASKS:
         stored = store.load_policy(expert(task)).arrays()
         assert all(np.array_equal(stored[name], array) for name, array in experts[task].arrays().items())
-        rows = [row for row in training.to_pylist() if row["task"] == task]
+        rows = [row for row in training.to_pylist() if row["policy"] == expert(task).id]
         for name in ("step", "loss", "gradient_norm", "learning_rate"):
             assert [row[name] for row in rows] == [row[name] for row in logs[task]]
     assert store.unfinished() == frozenset()
@@ -102,16 +100,18 @@ def test_evaluations_are_bit_for_bit_the_library_s(finished, by_hand):
 
 
 def test_every_recipe_has_its_rows_once(finished):
-    tables = Tables(finished / "tables")
-    evaluations = {one.id for one in sweep()}
-    policies = {one.policy.id for one in sweep()}
-    trainings, recordings = {expert(task).id for task in TASKS}, {recording(task).id for task in TASKS}
+    tables, parts = Tables(finished / "tables"), list(closure(everything()).values())
+    evaluations = {one.id for one in everything()}
+    policies = {one.policy.id for one in everything()}
+    trainings = {part.id for part in parts if isinstance(part, Train | FineTune)}
+    fishers = {part.id for part in parts if isinstance(part, Fisher)}
+    assert (len(evaluations), len(trainings), len(fishers)) == (32, 4, 2)
     assert tables.done("episodes") == evaluations
     assert tables.done("policies") == policies | trainings
     assert tables.done("training") == trainings
-    assert tables.done("runs") == evaluations | trainings | recordings
+    assert tables.done("runs") == evaluations | trainings | fishers | {recording(task).id for task in TASKS}
     (counts,) = tables.query(
-        "SELECT DISTINCT trunk_parameters, head_parameters FROM policies WHERE task = 'hopper'"
+        "SELECT DISTINCT trunk_parameters, head_parameters FROM policies WHERE task = 'hopper' AND kind <> 'assemble'"
     ).to_pylist()
     trunk = 2 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 + (16 * 64 + 64) + (64 * 16 + 16) + 2 * 16
     head = (11 * 16 + 16) + (3 * 16 + 16) + (16 + 16) + 2 * 16 + 1000 * 16 + (16 * 3 + 3)
@@ -121,42 +121,28 @@ def test_every_recipe_has_its_rows_once(finished):
 def test_what_is_done_is_not_done_again(finished):
     files = {path: path.stat().st_mtime_ns for path in finished.glob("**/*") if path.is_file()}
     out = io.StringIO()
-    plan = run(sweep(), Settings(results=finished), Console(file=out))
+    plan = run(everything(), Settings(results=finished), Console(file=out))
     assert plan.empty
-    assert out.getvalue() == "nothing to compute: all 12 evaluations are stored\n"
+    assert out.getvalue() == "nothing to compute: all 32 evaluations are stored\n"
     assert files == {path: path.stat().st_mtime_ns for path in finished.glob("**/*") if path.is_file()}
 
 
-def test_merge_freeze_finetune_by_fisher_runs_wave_after_wave(finished, tmp_path):
-    results = shutil.copytree(finished, tmp_path / "results")
-    quick = OPTIMISATION.model_copy(update={"steps": 60})
-    experts = tuple(expert(task) for task in TASKS)
-    estimates = {own.id: Fisher(policy=own, datasets=own.datasets, batches=2, batch_size=4) for own in experts}
-
-    def tuned(own: Train, other: Train) -> FineTune:
-        weights = FisherWeights(estimates=(estimates[own.id], estimates[other.id]))
-        start = Merge(sources=(own, other), group="attention+mlp", fisher=weights)
-        return FineTune(policy=start, dataset=own.dataset, optimisation=quick, frozen="attention+mlp")
-
-    whole = Assemble(policies=(tuned(*experts), tuned(*experts[::-1])), shared="attention+mlp")
-    asked = [evaluation(whole, task) for task in TASKS]
-    plan = run(asked, Settings(results=results, threads=1), QUIET)
-    assert [artefact.kind for artefact in plan.artefacts] == ["fisher", "fisher", "fine-tune", "fine-tune"]
-    assert plan.recordings == ()
-    store, tables = Store(results), Tables(results / "tables")
+def test_merge_freeze_finetune_by_fisher_is_bit_for_bit_the_library_s(finished):
+    """It takes three waves: experts, estimates, fine-tuning."""
+    whole, store, tables = shared(), Store(finished), Tables(finished / "tables")
     torch.set_num_threads(1)
     for part in whole.policies:
+        assert isinstance(part, FineTune)
         *_, last = steps_of(begin(part, store, "cpu"))
         stored = store.load_policy(part).arrays()
         assert all(np.array_equal(stored[name], array) for name, array in last.result().arrays().items())
-    for one in asked:
+    for one in (evaluation(whole, task) for task in TASKS):
         policy = realise(whole, from_store(whole, store))
         (episodes,) = evaluate([policy], get_task(one.task), episodes=one.episodes, seed=one.seed)
         rows = tables.query(f"SELECT \"return\" FROM episodes WHERE evaluation = '{one.id}' ORDER BY episode")
         assert rows["return"].to_pylist() == episodes.returns.tolist()
     (row,) = tables.query("SELECT method, frozen, task FROM policies WHERE kind = 'assemble'").to_pylist()
     assert row == {"method": "Fisher, batch", "frozen": "attention+mlp", "task": "hopper+walker2d"}
-    assert run(asked, Settings(results=results), QUIET).empty
 
 
 def test_a_failure_is_told_in_one_sentence_and_stops_nothing_else(finished, by_hand):
@@ -175,43 +161,6 @@ def test_a_failure_is_told_in_one_sentence_and_stops_nothing_else(finished, by_h
         run([headless], Settings(results=finished), QUIET)
 
 
-def test_a_killed_rollout_worker_changes_no_number(finished, by_hand):
-    asked = [evaluation(merged("mlp+layernorm", alpha / 10), episodes=3) for alpha in range(1, 7)]
-    killed: list[int] = []
-    stop = threading.Event()
-
-    def kill_one() -> None:
-        while not stop.wait(0.05):
-            if len(list((finished / "tables" / "episodes").glob("*.parquet"))) <= before:
-                continue
-            for process in Path("/proc").glob("[0-9]*"):
-                command = (process / "cmdline").read_bytes()
-                if command.startswith(b"ray::RolloutWorker") and _descends(int(process.name)):
-                    os.kill(int(process.name), signal.SIGKILL)
-                    killed.append(int(process.name))
-                    return
-
-    before = len(list((finished / "tables" / "episodes").glob("*.parquet")))
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    try:
-        run(asked, Settings(results=finished), QUIET)
-    finally:
-        stop.set()
-        killer.join()
-    assert len(killed) == 1
-    check_episodes(finished, asked, by_hand[0])
-
-
-def _descends(pid: int) -> bool:
-    """Whether the process is one of this test's own Ray."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    return False
-
-
 def test_a_folder_that_vanishes_with_a_job_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(UserError, match="give --results an absolute path that all nodes share"):
@@ -228,6 +177,39 @@ def test_lines_are_whole_alpha_grids_in_the_order_asked():
     other_starts = evaluation(merged("attention", 0.25)).model_copy(update={"seed": 1})
     assert len(lines_of([*asked, other_starts])) == len(lines) + 1
     assert [one for job in jobs_of(lines[2]) for one in job] == list(lines[2])
+
+
+def test_many_lines_share_a_trial_and_none_is_cut():
+    lines = [
+        tuple(evaluation(merged("attention", step / 100), episodes=own + 1) for step in range(4)) for own in range(50)
+    ]
+    for count in (1, 7, 50, 256):
+        bundles = bundles_of(lines, count)
+        assert [one for bundle in bundles for one in bundle] == [one for line in lines for one in line]
+        assert len(bundles) <= 2 * count
+        assert all(len(bundle) % 4 == 0 for bundle in bundles)
+    assert bundles_of(lines) == lines
+    assert len(bundles_of(lines, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "resumes"),
+    [
+        ({"checkpoint_results": []}, True),
+        ({"checkpoint_results": [{"checkpoint_dir_name": "kept"}]}, True),
+        ({"checkpoint_results": [{"checkpoint_dir_name": "kept"}, {"checkpoint_dir_name": "gone"}]}, False),
+        (None, True),
+        ("", False),
+        ('{"checkpoint_resu', False),
+        ("[]", False),
+    ],
+)
+def test_a_snapshot_torn_by_a_kill_begins_that_training_afresh(tmp_path, snapshot, resumes):
+    (tmp_path / "kept").mkdir()
+    if snapshot is not None:
+        text = snapshot if isinstance(snapshot, str) else json.dumps(snapshot)
+        (tmp_path / "checkpoint_manager_snapshot.json").write_text(text)
+    assert can_resume(tmp_path) == resumes
 
 
 def test_policies_are_realised_recursively():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from toy import expert, merged, recording, sweep
+from toy import OPTIMISATION, expert, merged, recording, sweep
 
 from dt.errors import UserError
 from dt.model.size import Size
@@ -200,7 +200,7 @@ def test_policies_unfold_their_recipes(tables):
         'SELECT kind, method, task, source_tasks, "group", alpha, perturbation_seed, width, steps, quality '
         "FROM policies ORDER BY kind, method"
     ).to_pylist()
-    common = {"task": "hopper", "width": 16, "steps": 420, "quality": "medium"}
+    common = {"task": "hopper", "width": 16, "steps": OPTIMISATION.steps, "quality": "medium"}
     both = {"source_tasks": "hopper+walker2d", "perturbation_seed": None}
     alone = {"source_tasks": "hopper", "alpha": None, "perturbation_seed": None, "group": None}
     drawn = {"perturbation_seed": 4}

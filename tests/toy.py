@@ -2,11 +2,22 @@
 
 from dt.model.architecture import Architecture
 from dt.training.optimisation import Optimisation
-from orchestrator.recipes import AnyPolicy, Evaluate, Merge, Perturb, Recording, Train
+from orchestrator.recipes import (
+    AnyPolicy,
+    Assemble,
+    Evaluate,
+    FineTune,
+    Fisher,
+    FisherWeights,
+    Merge,
+    Perturb,
+    Recording,
+    Train,
+)
 
 TASKS = ("hopper", "walker2d")
 ARCHITECTURE = Architecture(width=16, layers=1, heads=1, context=5)
-OPTIMISATION = Optimisation(steps=420, batch_size=8, learning_rate=1e-3, warmup_steps=5)
+OPTIMISATION = Optimisation(steps=220, batch_size=8, learning_rate=1e-3, warmup_steps=5)
 
 
 def recording(task: str) -> Recording:
@@ -31,6 +42,20 @@ def merged(group: str, alpha: float | None) -> Merge:
     return Merge(sources=tuple(expert(task) for task in TASKS), group=group, alpha=alpha)
 
 
+def shared() -> Assemble:
+    """Attention and MLPs of both merged by Fisher and frozen, the rest fine-tuned for each robot."""
+    experts = tuple(expert(task) for task in TASKS)
+    estimates = {own.id: Fisher(policy=own, datasets=own.datasets, batches=2, batch_size=4) for own in experts}
+    quick = OPTIMISATION.model_copy(update={"steps": 80})
+
+    def tuned(own: Train, other: Train) -> FineTune:
+        weights = FisherWeights(estimates=(estimates[own.id], estimates[other.id]))
+        start = Merge(sources=(own, other), group="attention+mlp", fisher=weights)
+        return FineTune(policy=start, dataset=own.dataset, optimisation=quick, frozen="attention+mlp")
+
+    return Assemble(policies=(tuned(*experts), tuned(*experts[::-1])), shared="attention+mlp")
+
+
 def sweep() -> list[Evaluate]:
     """Both experts, two lines of merges, one uniform mean, three perturbations."""
     experts = [evaluation(expert(task), task) for task in TASKS]
@@ -38,3 +63,9 @@ def sweep() -> list[Evaluate]:
     mean = evaluation(merged("trunk", None))
     perturbed = [evaluation(Perturb(policy=expert("hopper"), how=how)) for how in ("random", "identity", "removed")]
     return [*experts, *lines, mean, *perturbed]
+
+
+def everything() -> list[Evaluate]:
+    """The sweep, one policy for both robots, and a longer line of merges."""
+    line = [evaluation(merged("mlp+layernorm", step / 20)) for step in range(1, 19)]
+    return [*sweep(), *(evaluation(shared(), task) for task in TASKS), *line]

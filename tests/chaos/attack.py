@@ -1,0 +1,221 @@
+"""A real sweep under attack: its processes are killed at seeded random moments, and the same command goes on.
+
+A round is one results folder; it is over when the command succeeds. Rounds follow each other until every blow has hit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from toy import everything
+
+from orchestrator.recipes import Evaluate, FineTune, Fisher, Recording, Train, closure
+from orchestrator.store import Store
+from orchestrator.tables import Tables
+
+TESTS = Path(__file__).parents[1]
+PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
+QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
+DELAY = 3.0  # seconds at most between meeting a victim and striking
+INTERRUPTED = 130
+
+WORKERS = ("training worker", "rollout actor")  # a run goes on without them
+KILLS = (*WORKERS, "driver", "head", "raylet")
+POLITE = {"interrupt": signal.SIGINT, "termination": signal.SIGTERM}  # to the driver, which then tidies up
+_COMMANDS = {
+    "training worker": b"ray::RayTrainWorker",
+    "rollout actor": b"ray::RolloutWorker",
+    "raylet": b"raylet/raylet",
+    "head": b"gcs_server",
+}
+
+
+@dataclass(frozen=True)
+class Blow:
+    """What was hit and when; kept: the trainings of which there was a checkpoint to go on from."""
+
+    kind: str
+    time: float  # seconds since the epoch
+    kept: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A results folder that was completed in spite of it all, and how often the command was given for it."""
+
+    results: Path
+    blows: tuple[Blow, ...]
+    runs: int
+
+
+def rounds(folder: Path, kinds: Sequence[str], seed: int, tell: Callable[[str], None] = print) -> Iterator[Round]:
+    """Attack with these kinds, in this order; yields each round as it is complete.
+
+    Raises AssertionError when a run hangs, ends that should have gone on, or touches what was committed before.
+    """
+    rng, left = np.random.default_rng(seed), list(kinds)
+    while left:
+        results = folder / f"round-{len(list(folder.glob('round-*.log')))}"
+        blows: list[Blow] = []
+        runs, status = 0, None
+        while status != 0:
+            before, runs = committed(results), runs + 1
+            run = Run(results)
+            try:
+                fatal = None
+                while left and fatal is None and (blow := run.strike(left[0], rng)):
+                    blows.append(blow)
+                    tell(f"{results.name}, run {runs}: {left.pop(0)}, {len(left)} to come")
+                    fatal = blow.kind if blow.kind not in WORKERS else None
+                status = run.end(fatal)
+            finally:
+                run.bury()
+            after = committed(results)
+            touched = [path for path, stamp in before.items() if after.get(path) != stamp]
+            assert not touched, f"committed before, touched after: {touched}"
+        check_resumed(results, blows)
+        yield Round(results, tuple(blows), runs)
+
+
+class Run:
+    """The command, given once."""
+
+    def __init__(self, results: Path) -> None:
+        self.results, self._log = results, results.with_suffix(".log")
+        environment = os.environ | {
+            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+            "RAY_ADDRESS": "",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # else a driver waits a minute for a head that is dead
+        }
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("driver.py")), str(results)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def strike(self, kind: str, rng: np.random.Generator) -> Blow | None:
+        """Meet such a process and hit it, a random while later; None when the run ended before.
+
+        Three times of four only after something new was committed: else the sweep might never come to its end.
+        """
+        before = committed(self.results) if rng.random() < 0.75 else None
+        deadline = time.monotonic() + PATIENCE
+        while (victim := self._find(kind)) is None or before == committed(self.results):
+            if self._process.poll() is not None:
+                return None
+            assert time.monotonic() < deadline, f"no {kind} in sight; {self._said()}"
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0.0, DELAY))
+        blow = Blow(kind, time.time(), checkpointed(self.results))
+        try:
+            if kind == "interrupt":  # as a terminal does: to everyone
+                os.killpg(self._process.pid, POLITE[kind])
+            else:
+                os.kill(victim, POLITE.get(kind, signal.SIGKILL))
+        except ProcessLookupError:
+            return self.strike(kind, rng)
+        return blow
+
+    def end(self, fatal: str | None) -> int:
+        """Wait for the end that befits what was hit, and return the exit status."""
+        try:
+            status = self._process.wait(QUICK if fatal in POLITE else PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hangs after {fatal}; {self._said()}") from None
+        befitting = {None: (0,), "driver": (-signal.SIGKILL,), **dict.fromkeys(POLITE, (0, INTERRUPTED))}
+        if fatal in befitting:
+            assert status in befitting[fatal], f"status {status} after {fatal}; {self._said()}"
+        return status
+
+    def bury(self) -> None:
+        """End what is left of it, should an assertion have failed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _find(self, kind: str) -> int | None:
+        """A living process of that kind that descends from the driver."""
+        if kind not in _COMMANDS:
+            return self._process.pid if self._process.poll() is None else None
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                if _COMMANDS[kind] in (folder / "cmdline").read_bytes() and self._descends(int(folder.name)):
+                    return int(folder.name)
+        return None
+
+    def _descends(self, process: int) -> bool:
+        while process > 1 and process != self._process.pid:
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        return process == self._process.pid
+
+    def _said(self) -> str:
+        return f"its last words: {self._log.read_text()[-3000:]}"
+
+
+def committed(results: Path) -> Mapping[Path, int]:
+    """Every file that no later run may touch, and when it was written."""
+    kept = (results / name for name in ("artefacts", "tables", "datasets"))
+    stamps: dict[Path, int] = {}
+    for path in (path for folder in kept for path in folder.glob("**/*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(results).parts)
+        with suppress(FileNotFoundError):
+            if path.is_file() and not hidden:
+                stamps[path] = path.stat().st_mtime_ns
+    return stamps
+
+
+def checkpointed(results: Path) -> frozenset[str]:
+    """The trainings that Ray Train knows a checkpoint of."""
+    found = set()
+    for path in results.glob("training/*/checkpoint_manager_snapshot.json"):
+        with suppress(OSError, ValueError):  # gone, or being written
+            if json.loads(path.read_text())["latest_checkpoint_result"]:
+                found.add(path.parent.name)
+    return frozenset(found)
+
+
+def check_resumed(results: Path, blows: Sequence[Blow]) -> None:
+    """A training that had a checkpoint went on from it: what it says of its beginning is older than the blow."""
+    rows = Tables(results / "tables").query("SELECT recipe, epoch(started) AS started FROM runs").to_pylist()
+    began = {row["recipe"]: row["started"] for row in rows}
+    for blow in blows:
+        late = [recipe for recipe in blow.kept if began[recipe] > blow.time]
+        assert not late, f"began again after {blow.kind}, though there was a checkpoint: {late}"
+
+
+def check_equal(results: Path, undisturbed: Path) -> int:
+    """Tables and artefacts are the undisturbed run's, bit for bit; returns the number of rows compared."""
+    mine, theirs = (Tables(root / "tables") for root in (results, undisturbed))
+    compared = 0
+    for table, key in (("episodes", "evaluation"), ("training", "policy"), ("policies", "policy")):
+        ours, reference = mine.read(table), theirs.read(table)
+        reference = reference.filter(pc.is_in(reference[key], ours[key].combine_chunks()))  # other tests add rows there
+        timing = ["seconds"] if table == "training" else []
+        assert ours.drop_columns(timing).equals(reference.drop_columns(timing)), table
+        compared += len(ours)
+    behind = closure(everything()).values()
+    assert mine.done("episodes") == {one.id for one in everything()}
+    assert mine.done("runs") == {
+        one.id for one in behind if isinstance(one, Evaluate | Train | FineTune | Fisher | Recording)
+    }
+    for one in behind:
+        if isinstance(one, Train | FineTune):
+            a, b = (Store(root).load_policy(one).arrays() for root in (results, undisturbed))
+            assert a.keys() == b.keys()
+            assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert Store(results).unfinished() == frozenset()
+    return compared

@@ -1,0 +1,35 @@
+"""Killed anywhere, the same command ends with the tables of a run that nobody disturbed. `--kills` says how often."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attack import KILLS, POLITE, check_equal, rounds
+from rich.console import Console
+from rich.table import Table
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
+    finished: Path, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("chaos_seed")
+    kinds = list(KILLS)  # one each; a longer attack draws from all, and from what a user or a scheduler sends
+    kinds += np.random.default_rng(seed).choice([*KILLS, *POLITE], max(0, asked - len(kinds))).tolist()
+
+    def tell(text: str) -> None:
+        with capsys.disabled():
+            print(text, flush=True)
+
+    done, rows, runs = Counter[str](), 0, 0
+    for each in rounds(tmp_path, kinds, seed, tell if asked > len(KILLS) else lambda _: None):
+        rows += check_equal(each.results, finished)
+        done.update(blow.kind for blow in each.blows)
+        runs += each.runs
+    assert done == Counter(kinds)
+    table = Table("hit", "times")
+    for kind, times in sorted(done.items()):
+        table.add_row(kind, str(times))
+    table.caption = f"{runs} runs; {rows} rows as in the undisturbed run"
+    Console().print(table)

@@ -1,0 +1,28 @@
+"""Several nodes: the rows are those of one machine, also when a node is lost; who has no token stays outside."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attack import PATIENCE, TESTS, check_equal
+
+
+@pytest.mark.slow
+def test_a_lost_node_changes_no_row_and_a_stranger_is_refused(finished: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("hosts.py")
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{script.parent}"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "results")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    stranger, lost, *runs = done.stdout.splitlines()
+    assert stranger.startswith("stranger: status 2: mergedt: cannot reach the Ray cluster at")
+    assert lost == "a node lost, another added"
+    assert runs[-1].startswith("run: status 0")
+    assert check_equal(tmp_path / "results", finished) > 0
