@@ -1,5 +1,6 @@
 """The run that is attacked: what `mergedt run` does, on recipes of seconds. Usage: driver.py RESULTS [ADDRESS]"""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -25,4 +26,5 @@ def compute(results: Path, address: str = typer.Argument("local")) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     app(["compute", *sys.argv[1:]])

@@ -30,6 +30,7 @@ def command(results: Path, address: str, **environment: str) -> subprocess.Popen
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("driver.py")), str(results), address],
         env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.DEVNULL,  # where Ray shows the last words of a node that is gone
         stderr=subprocess.PIPE,
         text=True,
     )
