@@ -140,7 +140,7 @@ class Store:
         for folder in (self.artefacts, self.tables):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
-        for leftover in self.datasets.glob("**/.recording-*"):
+        for leftover in self.datasets.glob(".recording-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     @contextmanager

@@ -19,7 +19,7 @@ from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
 
 Line = tuple[Evaluate, ...]
-TRIALS = 256  # at most: one costs Tune some kilobytes and a tenth of a second
+TRIALS = 256  # or up to twice as many (see `bundles_of`): one costs Tune some kilobytes and a tenth of a second
 IN_FLIGHT = 4  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
 
 
