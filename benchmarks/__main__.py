@@ -14,6 +14,7 @@ from rich.table import Table
 from benchmarks.cases import CASES
 from benchmarks.measure import Measurement
 from dt.errors import unknown
+from dt.memory import keep_freed_memory
 from orchestrator.rows import machine
 from orchestrator.tables import SCHEMAS, Tables
 
@@ -25,6 +26,7 @@ def main(
 ) -> None:
     """Measure on one core, so that numbers of machines of any size compare."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training workers do; it helps the literal way as well
     console, started = Console(), datetime.now(UTC)
     for name in cases or CASES:
         if name not in CASES:

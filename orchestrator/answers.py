@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.dataset as pads
+import pyarrow.compute as pc
 
 from dt.errors import UserError
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
@@ -144,9 +144,9 @@ def answers(
     return [Answer(each, setting, points[each.name], rows, data_return, sizes) for each in experiments]
 
 
-def among(column: str, ids: Iterable[str]) -> pads.Expression:
+def among(column: str, ids: Iterable[str]) -> pc.Expression:
     """The filter for rows whose `column` is one of the ids, of which there may be none."""
-    return pads.field(column).isin(pa.array(sorted(ids), pa.string()))
+    return pc.field(column).isin(pa.array(sorted(ids), pa.string()))
 
 
 def baseline(evaluation: Evaluate) -> Evaluate:

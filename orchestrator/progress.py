@@ -18,10 +18,12 @@ class Phase:
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.began = 0, time.monotonic()
+        self.first: tuple[int, float] | None = None  # what was done when we first heard of it, and when that was
 
     def set(self, done: int, note: str = "") -> None:
         """So many are done in all."""
         self.done = min(done, self.total)
+        self.first = self.first or (self.done, time.monotonic())
         self._show(note)
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -52,10 +54,15 @@ class _Lines(Phase):
         if now - self._shown < QUIET_SECONDS and self.done < self.total:
             return
         self._shown = now
-        elapsed = now - self.began
-        left = f", about {_duration(elapsed * (self.total / self.done - 1))} left" if 0 < self.done < self.total else ""
-        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {_duration(elapsed)}{left}"
-        self._console.print(f"{text}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
+        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {_duration(now - self.began)}"
+        self._console.print(f"{text}{self._left(now)}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
+
+    def _left(self, now: float) -> str:
+        """By the pace since the first word of it: a resumed training begins with much of it done."""
+        already, since = self.first or (0, now)
+        if not already < self.done < self.total:
+            return ""
+        return f", about {_duration((now - since) * (self.total - self.done) / (self.done - already))} left"
 
 
 @contextmanager

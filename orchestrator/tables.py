@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from dt.errors import UserError, unknown
 from orchestrator.store import write_atomically
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
 
 TEXT, INTEGER, SHORT, REAL, TRUTH = pa.string(), pa.int64(), pa.int32(), pa.float64(), pa.bool_()
 TIME = pa.timestamp("us", tz="UTC")
@@ -261,6 +263,8 @@ class Tables:
 
     def dataset(self, table: str) -> pads.Dataset:
         """The table, each recipe's rows once; empty when none were written. Raises UserError naming a corrupt file."""
+        import pyarrow.dataset as pads  # brings pandas along, which no worker that only writes should have to wait for
+
         spec = _spec(table)
         parts, compacted = self._parts(table), self._file(table)
         if not spec.facts:
@@ -346,7 +350,7 @@ class Tables:
 
     def _read(self, path: Path, spec: TableSpec, columns: list[str] | None = None) -> pa.Table:
         try:
-            return pads.dataset(str(path), schema=spec.schema, format="parquet").to_table(columns=columns)
+            return pq.read_table(path, schema=spec.schema, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise _corrupt_file(path) from error
 

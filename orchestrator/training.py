@@ -258,10 +258,12 @@ def _train(work: _Work) -> None:
     import torch
 
     from dt.language.model import LanguageModel
+    from dt.memory import keep_freed_memory
     from dt.model.size import size_of
     from dt.training.loop import run
     from orchestrator.making import begin, finish
 
+    keep_freed_memory()
     recipe, store = _JOB.validate_json(work.recipe), Store(Path(work.results))
     torch.set_num_threads(work.threads)
     device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)

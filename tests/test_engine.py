@@ -271,6 +271,19 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
     assert out.getvalue().splitlines() == ["evaluations: 40 policies", "evaluations: 40 of 40 policies in 0 s"]
 
 
+def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[-1])
+    with phase(Console(file=out), "trainings", 3000, "steps") as shown:
+        for now, done in ((20.0, 2000), (120.0, 2500)):
+            clock.append(now)
+            shown.set(done)
+    assert out.getvalue().splitlines()[1:] == [
+        "trainings: 2,000 of 3,000 steps in 20 s",
+        "trainings: 2,500 of 3,000 steps in 2 min, about 2 min left",
+    ]
+
+
 def test_the_token_is_made_for_its_owner_alone(tmp_path):
     """Ray's own would be readable for everyone on the machine. In another process: a Ray may be running in this one."""
     code = "import os, orchestrator.session as s; s._authenticate(new_cluster=True); print(dict(os.environ))"

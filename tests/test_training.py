@@ -1,6 +1,8 @@
 """Training against a loop written out by hand, exact resume, and what happens when the loss is no number."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +151,24 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(data: Trajectories, 
         next(steps_of(training(data), resume=path))
     with pytest.raises(UserError):
         train({"walker2d": data}, SMALL, QUICK, 0)
+
+
+def test_freed_memory_is_kept() -> None:
+    """Taken and given back again and again, a large buffer costs no new page. In another process: it is for good."""
+    code = """
+import resource, torch
+from dt.memory import keep_freed_memory
+kept = keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, faults = done.stdout.split()
+    if kept == "False":
+        pytest.skip("not the GNU C library")
+    assert int(faults) < 100  # else ten thousand each time
