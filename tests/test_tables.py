@@ -1,19 +1,19 @@
 """The tables: every recipe's rows exactly once, and SQL that can read them and nothing else."""
 
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
-import textwrap
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from toy import OPTIMISATION, expert, merged, recording, sweep
+from toy import OPTIMISATION, evaluation, expert, merged, recording, sweep
 
 from dt.errors import UserError
 from dt.model.size import Size
@@ -21,7 +21,6 @@ from orchestrator.recipes import Evaluate, Merge, Perturb
 from orchestrator.rows import episode_rows, policy_row, run_row, run_rows, training_rows
 from orchestrator.tables import SCHEMAS, SPECS, Tables
 
-ROOT = Path(__file__).parents[1]
 SIZE = Size(shared=10, specific=0, heads=20, mask_bits=0, transformer=1.0)
 
 
@@ -147,36 +146,34 @@ def test_a_corrupt_file_is_named_with_its_remedy(tables):
         tables.done("episodes")
 
 
-def test_appending_killed_at_any_moment_keeps_every_row_once(tables):
-    code = """
-        import sys
-        sys.path.insert(0, sys.argv[2])
-        from pathlib import Path
-        from test_tables import results
-        from toy import evaluation, expert
-        from orchestrator.tables import Tables
-        tables = Tables(Path(sys.argv[1]))
-        print("ready", flush=True)
-        for i in range(10**6):
-            asked = evaluation(expert("hopper", steps=i + 1))
-            print(asked.id, int(tables.append("episodes", asked.id, results(asked))), flush=True)
-            if i % 10 == 9:
-                tables.compact()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tables.root), str(Path(__file__).parent)]
+def append_for_ever(root: Path, acknowledge: Connection) -> None:
+    tables = Tables(root)
+    for i in range(10**6):
+        asked = evaluation(expert("hopper", steps=i + 1))
+        acknowledge.send((asked.id, tables.append("episodes", asked.id, results(asked))))
+        if i % 10 == 9:
+            tables.compact()
+
+
+def test_appending_killed_at_any_moment_keeps_every_row_once(tables, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server of forks looks nowhere else
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_tables"])
     acknowledged: dict[str, int] = {}
     for attempt in range(4):
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3 + 0.4 * attempt)
-        process.send_signal(signal.SIGKILL)
-        for line in process.stdout.read().splitlines():
-            if len(words := line.split()) == 2:
-                acknowledged[words[0]] = acknowledged.get(words[0], 0) + int(words[1])
-        process.wait()
+        heard, acknowledge = context.Pipe(duplex=False)
+        process = context.Process(target=append_for_ever, args=(tables.root, acknowledge))
+        process.start()
+        acknowledge.close()
+        said = [heard.recv() for _ in range(5 + 7 * attempt)]  # past the first compaction, later past the second
+        time.sleep(0.004 * attempt)
+        process.kill()
+        with suppress(EOFError, OSError):  # OSError: killed in the middle of a word
+            while True:
+                said.append(heard.recv())
+        process.join()
+        for key, new in said:
+            acknowledged[key] = acknowledged.get(key, 0) + new
     rows = tables.read("episodes")
     assert len(acknowledged) > 10
     assert set(acknowledged) <= set(rows["evaluation"].to_pylist())
