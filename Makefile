@@ -1,4 +1,4 @@
-# make demo · make test · make reproduce · make chaos · make lint · make venv
+# make demo · make test · make reproduce · make chaos · make audit · make lint · make venv
 #
 # PYTHON       any Python >= 3.11, used once to create .venv
 # TORCH_INDEX  extra pip index with the PyTorch build you want (CPU or a CUDA version); empty: pip's own configuration decides
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test reproduce bench chaos lint
+.PHONY: help venv demo test reproduce bench chaos audit lint
 
 help:
 	@echo "make demo       two robots, from data to a merged policy and its video, in minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make reproduce  every figure and table of the paper at the laptop profile (hours; resumes)"
 	@echo "make bench      what a training step, an action, a merge cost here, next to the field's way and the floor"
 	@echo "make chaos      a sweep, killed a hundred times, ends with the rows of one that nobody disturbed (hours)"
+	@echo "make audit      known vulnerabilities of the pinned dependencies, as PyPI knows them (says which it could not look up)"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make venv       the virtual environment alone (TORCH_INDEX=<pip index> for another PyTorch build)"
 
@@ -47,6 +48,10 @@ bench: $(READY)
 
 chaos: $(READY)
 	$(BIN)/pytest tests/chaos --kills 100 --capture no
+
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 reproduce: $(READY)
 	$(BIN)/mergedt run all --profile laptop

@@ -11,6 +11,11 @@ QUALITIES: tuple[Quality, ...] = ("medium-expert", "medium", "expert")
 PERTURBATIONS: tuple[Literal["random", "identity", "removed"], ...] = ("random", "identity", "removed")
 DRAW = 0  # the paper fixes one random draw for all experiments
 
+ONES = (
+    "Attention of nothing but ones adds the same number to all features, and the layer norms that read them take it "
+    "out again: “identity” is “removed”, and where the paper's columns differ it is noise (and rounding)."
+)
+
 
 def points(setting: Setting) -> Iterator[Point]:
     """Nine single-task policies as trained, then under three perturbations each."""
@@ -44,7 +49,7 @@ EXPERIMENT = Experiment(
     question="How much do trained policies rely on their attention at all?",
     points=points,
     show=Table(rows=("quality", "task"), column="attention"),
-    differences=DIFFERENCES,
+    differences=(*DIFFERENCES, ONES),
     claims=(
         *(_perturbed("hopper", q, f"hopper decreases when attention is perturbed ({q})", True) for q in QUALITIES),
         *(

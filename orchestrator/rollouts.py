@@ -110,17 +110,17 @@ class RolloutWorker:
 
 @ray.remote(num_cpus=0)
 class RolloutPool:
-    """Hands jobs to the workers as they become idle. All trials of a sweep share one pool."""
+    """Hands jobs to the workers, actors of that class, as they become idle. All trials of a sweep share one pool."""
 
-    def __init__(self, weights: Mapping[str, Sent]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Mapping[str, Sent], worker: Any) -> None:
+        self._weights, self._worker = weights, worker
         self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if one could not start
 
     async def recruit(self, workers: int) -> None:
         """Start so many workers. Each gets work as soon as it lives, so one that finds no CPU yet holds nothing up."""
 
         async def start() -> None:
-            worker = RolloutWorker.remote()  # type: ignore[attr-defined]
+            worker = self._worker.remote()
             try:
                 await worker.ready.remote()
             except RayError as error:

@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dt.errors import UserError
+from orchestrator.lifeline import lifeline
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output engine prints boxes even when silenced
@@ -33,6 +35,8 @@ _ENVIRONMENT = {
 }
 _FOLDER = "mergedt-ray"
 PATIENCE_SECONDS = 900.0  # for an embedded Ray that is slow to start
+HEAD_PATIENCE_SECONDS = 45.0  # with a cluster's head that may be started again; Ray itself gives up after 60
+EMBEDDED_PATIENCE_SECONDS = 3.0  # nobody starts that one again
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             try:
                 _start(folder, cpus)
                 _silence(folder)
-                with _terminable():
+                with _terminable(), lifeline(_head(), EMBEDDED_PATIENCE_SECONDS, partial(_end_processes, folder)):
                     yield _session(embedded=True)
             finally:
                 ray.shutdown()
@@ -82,7 +86,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        with _terminable():
+        with _terminable(), lifeline(_head(), HEAD_PATIENCE_SECONDS, lambda: None):
             yield _session(embedded=False)
     finally:
         ray.shutdown()
@@ -215,6 +219,12 @@ def check_visible(folder: Path) -> None:
             f"the node{'s' * (len(blind) > 1)} {', '.join(sorted(blind))} of the Ray cluster cannot read and write "
             f"{folder}: give a folder that all nodes share with --results"
         )
+
+
+def _head() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _session(*, embedded: bool) -> Session:

@@ -13,7 +13,7 @@ from ray import tune
 from orchestrator.messages import Failure, explain
 from orchestrator.progress import Phase
 from orchestrator.recipes import Artefact, Evaluate, Fisher, Merge, Perturb, Trained, ingredients, trained
-from orchestrator.rollouts import RolloutPool, Rows, Weights, jobs_of
+from orchestrator.rollouts import RolloutPool, RolloutWorker, Rows, Weights, jobs_of
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
@@ -53,13 +53,22 @@ def bundles_of(lines: Sequence[Line], count: int = TRIALS) -> list[Line]:
 
 
 def sweep(
-    evaluations: Sequence[Evaluate], store: Store, tables: Tables, *, workers: int, phase: Phase
+    evaluations: Sequence[Evaluate],
+    store: Store,
+    tables: Tables,
+    *,
+    workers: int,
+    phase: Phase,
+    worker: Any = RolloutWorker,
 ) -> list[Failure]:
-    """Evaluate and commit all of them; returns those that failed. What they are made of must be in the store."""
+    """Evaluate and commit all of them; returns those that failed. What they are made of must be in the store.
+
+    worker: the class of the actors that do it; another one measures what everything but the rollouts costs.
+    """
     parts = {part.id: part for evaluation in evaluations for part in ingredients(evaluation)}
     # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
     weights = {part.id: (part, ray.put(_arrays(part, store))) for part in parts.values()}
-    pool = RolloutPool.remote(weights)  # type: ignore[attr-defined]
+    pool = RolloutPool.remote(weights, worker)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
     bundles = bundles_of(lines_of(evaluations))
     failures: list[Failure] = []
@@ -75,7 +84,7 @@ def sweep(
 
     try:
         died = run_trials(
-            tune.with_parameters(_run_bundle, pool=pool, bundles=[pickle.dumps(bundle) for bundle in bundles]),
+            tune.with_parameters(run_bundle, pool=pool, bundles=[pickle.dumps(bundle) for bundle in bundles]),
             "bundle",
             list(range(len(bundles))),
             commit,
@@ -95,7 +104,7 @@ def _arrays(part: Artefact, store: Store) -> Weights:
     return store.load_policy(part).arrays()
 
 
-def _run_bundle(config: dict[str, Any], pool: Any, bundles: list[bytes]) -> None:
+def run_bundle(config: dict[str, Any], pool: Any, bundles: list[bytes]) -> None:
     """The trial: its jobs into the pool, a few at a time, each reported as soon as it is done."""
     bundle: Line = pickle.loads(bundles[config["bundle"]])
     jobs = iter(jobs_of(bundle))

@@ -7,7 +7,7 @@ import torch
 
 from dt.data.windows import Batch
 from dt.errors import UserError
-from dt.merging.merge import merge
+from dt.merging.merge import merge, perturb
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy
@@ -94,6 +94,22 @@ def test_a_policy_gets_the_same_bits_in_whatever_company(precision: str) -> None
         (alone,) = evaluate([policy], short, episodes=5, seed=3, precision=precision)
         for mine, theirs in zip(alone, episodes, strict=True):
             assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_of_ones_is_no_attention(precision: str) -> None:
+    """It adds the same to all features, which layer norms do not see; in bfloat16 it must not drown the others."""
+    short = HOPPER.model_copy(update={"horizon": 30})
+    policy = lively(HOPPER, 1, width=128)
+    ones, none, plain = evaluate(
+        [perturb(policy, "attention", "identity"), perturb(policy, "attention", "removed"), policy],
+        short,
+        episodes=3,
+        seed=3,
+        precision=precision,
+    )
+    assert np.array_equal(ones.returns, none.returns)
+    assert not np.array_equal(ones.returns, plain.returns)
 
 
 def test_starts_are_common_and_episodes_reproducible() -> None:

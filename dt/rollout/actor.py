@@ -37,6 +37,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Stack:
     """The weights of P policies side by side. Each layer norm's affine part is folded into the linear map after it.
 
+    Whatever reads the residual stream is a layer norm, which does not see what all features have in common: that part
+    is taken out of all that is written there. It would cost bfloat16 the digits of the rest (attention of nothing but
+    ones, as in Table I, writes nothing else).
+
     blocks: per layer, `c_attn` (P, d, 3d) etc. with biases (P, 1, ·), in the precision of the products;
     head: embeddings and statistics (P, …) in float32.
     """
@@ -77,8 +81,9 @@ class Stack:
                 "c_fc.weight": fc["weight"],
                 "c_fc.bias": fc["bias"],
             }
-            for short, full in (("attn.c_proj", f"h.{i}.attn.c_proj"), ("mlp.c_proj", f"h.{i}.mlp.c_proj")):
-                tensors |= {f"{short}.weight": trunk(f"{full}.weight"), f"{short}.bias": trunk(f"{full}.bias")[:, None]}
+            for short in ("attn.c_proj", "mlp.c_proj"):
+                weight, bias = trunk(f"h.{i}.{short}.weight"), trunk(f"h.{i}.{short}.bias")
+                tensors |= {f"{short}.weight": _centred(weight), f"{short}.bias": _centred(bias)[:, None]}
             return {name: tensor.to(_DTYPES[precision]).contiguous() for name, tensor in tensors.items()}
 
         predict = head("predict_action.weight").transpose(1, 2)
@@ -165,7 +170,7 @@ class Actor:
         embedded = torch.stack(modalities, dim=2) + head["bias"]  # (P, E, 3, d)
         times = torch.tensor([max(self._time - 1, 0), self._time, self._time])
         new = _norm(embedded) * head["ln.weight"] + head["ln.bias"] + head["timestep"][:, None, times]
-        new = new.to(self._tokens.dtype)
+        new = _centred(new).to(self._tokens.dtype)
         new_qkv = _linear(_norm(new), self._stack.blocks[0], "c_attn")
         for ring, fresh in ((self._tokens, new), (self._qkv, new_qkv)):
             ring[:, :, (now - 1) % context, 2] = fresh[:, :, 0]
@@ -188,6 +193,11 @@ def _small_product(x: Tensor, weight: Tensor) -> Tensor:
     Products this small take a kernel that depends on their size; the trunk's do not (see `fast_float32`).
     """
     return (x[..., None] * weight[:, None]).sum(dim=2)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Without what its features (the last dimension) have in common."""
+    return x - x.mean(dim=-1, keepdim=True)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,14 +26,15 @@ from orchestrator.recipes import Evaluate, FineTune, Fisher, Recording, Train, c
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
 DELAY = 3.0  # seconds at most between meeting a victim and striking
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 2, 130
 
 WORKERS = ("training worker", "rollout actor")  # a run goes on without them
 KILLS = (*WORKERS, "driver", "head", "raylet")
+LOSS = "dataset"  # not a process: a recording is deleted under the run's feet
 POLITE = {"interrupt": signal.SIGINT, "termination": signal.SIGTERM}  # to the driver, which then tidies up
 _COMMANDS = {
     "training worker": b"ray::RayTrainWorker",
@@ -73,19 +76,22 @@ def rounds(folder: Path, kinds: Sequence[str], seed: int, tell: Callable[[str], 
             before, runs = committed(results), runs + 1
             run = Run(results)
             try:
-                fatal = None
-                while left and fatal is None and (blow := run.strike(left[0], rng)):
+                struck: list[str] = []
+                while left and ends_with(struck) is None and (blow := run.strike(left[0], rng)):
                     blows.append(blow)
-                    tell(f"{results.name}, run {runs}: {left.pop(0)}, {len(left)} to come")
-                    fatal = blow.kind if blow.kind not in WORKERS else None
-                status = run.end(fatal)
+                    struck.append(left.pop(0))
+                    tell(f"{results.name}, run {runs}: {struck[-1]}, {len(left)} to come")
+                status = run.end(struck)
             finally:
                 run.bury()
-            after = committed(results)
-            touched = [path for path, stamp in before.items() if after.get(path) != stamp]
-            assert not touched, f"committed before, touched after: {touched}"
+            check_untouched(results, before, besides=[results / "datasets"] * (LOSS in struck))
         check_resumed(results, blows)
         yield Round(results, tuple(blows), runs)
+
+
+def ends_with(struck: Sequence[str]) -> str | None:
+    """The blow that no run survives, if it was hit by one."""
+    return next((kind for kind in struck if kind not in (*WORKERS, LOSS)), None)
 
 
 class Run:
@@ -93,18 +99,9 @@ class Run:
 
     def __init__(self, results: Path) -> None:
         self.results, self._log = results, results.with_suffix(".log")
-        environment = os.environ | {
-            "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-            "RAY_ADDRESS": "",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # else a driver waits a minute for a head that is dead
-        }
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("driver.py")), str(results)],
-                env=environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                **program("driver.py", results, RAY_ADDRESS=""), stdout=log, stderr=log, start_new_session=True
             )
 
     def strike(self, kind: str, rng: np.random.Generator) -> Blow | None:
@@ -122,7 +119,9 @@ class Run:
         time.sleep(rng.uniform(0.0, DELAY))
         blow = Blow(kind, time.time(), checkpointed(self.results))
         try:
-            if kind == "interrupt":  # as a terminal does: to everyone
+            if kind == LOSS:
+                lose(next(iter(recordings(self.results))))
+            elif kind == "interrupt":  # as a terminal does: to everyone
                 os.killpg(self._process.pid, POLITE[kind])
             else:
                 os.kill(victim, POLITE.get(kind, signal.SIGKILL))
@@ -130,15 +129,19 @@ class Run:
             return self.strike(kind, rng)
         return blow
 
-    def end(self, fatal: str | None) -> int:
+    def end(self, struck: Sequence[str]) -> int:
         """Wait for the end that befits what was hit, and return the exit status."""
+        fatal = ends_with(struck)
         try:
-            status = self._process.wait(QUICK if fatal in POLITE else PATIENCE)
+            status = self._process.wait(QUICK if fatal in (*POLITE, "head") else PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"hangs after {fatal}; {self._said()}") from None
-        befitting = {None: (0,), "driver": (-signal.SIGKILL,), **dict.fromkeys(POLITE, (0, INTERRUPTED))}
-        if fatal in befitting:
-            assert status in befitting[fatal], f"status {status} after {fatal}; {self._said()}"
+            raise AssertionError(f"hangs after {struck}; {self._said()}") from None
+        befitting = {None: (0,), "driver": (-signal.SIGKILL,), "head": (0, FAILED), "raylet": (0, FAILED)}
+        befitting |= dict.fromkeys(POLITE, (0, INTERRUPTED))
+        fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
+        assert status in fitting, f"status {status} after {struck}; {self._said()}"
+        if status == FAILED:
+            assert self._log.read_text().splitlines()[-1].startswith("mergedt: "), self._said()
         return status
 
     def bury(self) -> None:
@@ -148,7 +151,9 @@ class Run:
         self._process.wait()
 
     def _find(self, kind: str) -> int | None:
-        """A living process of that kind that descends from the driver."""
+        """A living process of that kind that descends from the driver; itself, for what is not done to others."""
+        if kind == LOSS and not recordings(self.results):
+            return None
         if kind not in _COMMANDS:
             return self._process.pid if self._process.poll() is None else None
         for folder in Path("/proc").glob("[0-9]*"):
@@ -164,6 +169,13 @@ class Run:
 
     def _said(self) -> str:
         return f"its last words: {self._log.read_text()[-3000:]}"
+
+
+def program(name: str, *arguments: object, **environment: str) -> dict[str, Any]:
+    """For `subprocess`: a program of this folder, which finds the project, its tests and its neighbours."""
+    paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE)))
+    command = [sys.executable, str(HERE / name), *map(str, arguments)]
+    return {"args": command, "env": {**os.environ, "PYTHONPATH": paths, **environment}}
 
 
 def committed(results: Path) -> Mapping[Path, int]:
@@ -186,6 +198,26 @@ def checkpointed(results: Path) -> frozenset[str]:
             if json.loads(path.read_text())["latest_checkpoint_result"]:
                 found.add(path.parent.name)
     return frozenset(found)
+
+
+def recordings(results: Path) -> list[Path]:
+    """The folders of what was recorded, in no order."""
+    return [path.parents[1] for path in committed(results) if path.match("data/metadata.json")]
+
+
+def lose(folder: Path) -> None:
+    """Delete it, at one blow."""
+    doomed = folder.with_name(f".lost-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def check_untouched(results: Path, before: Mapping[Path, int], besides: Sequence[Path] = ()) -> None:
+    """What was committed before is there and was not written again, but for what lies in those folders."""
+    after = committed(results)
+    kept = {path: stamp for path, stamp in before.items() if not any(map(path.is_relative_to, besides))}
+    touched = [path for path, stamp in kept.items() if after.get(path) != stamp]
+    assert not touched, f"committed before, touched after: {touched}"
 
 
 def check_resumed(results: Path, blows: Sequence[Blow]) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from attack import PATIENCE, TESTS, committed
+from attack import PATIENCE, check_untouched, committed, program
 
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
 
@@ -25,15 +25,20 @@ FAST_LOSS = {  # a lost node is noticed in seconds instead of half a minute
 
 
 def command(results: Path, address: str, **environment: str) -> subprocess.Popen[str]:
-    """The sweep on that cluster."""
-    paths = f"{TESTS.parent}:{TESTS}"
+    """The sweep on that cluster. Its output is not kept: Ray shows there the last words of a node that is gone."""
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("driver.py")), str(results), address],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        stdout=subprocess.DEVNULL,  # where Ray shows the last words of a node that is gone
+        **program("driver.py", results, address, **environment),
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def ended(who: str, run: subprocess.Popen[str]) -> int:
+    """Wait for it, say how it ended, and return its status."""
+    _, said = run.communicate(timeout=PATIENCE)
+    print(f"{who}: status {run.returncode}: {said.strip().splitlines()[-1]}", flush=True)
+    return run.returncode
 
 
 def main(results: Path) -> None:
@@ -41,26 +46,20 @@ def main(results: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": FAST_LOSS})
     try:
         other = cluster.add_node(num_cpus=1)
-        stranger = command(results, cluster.address, RAY_AUTH_TOKEN=secrets.token_hex(32))
-        _, said = stranger.communicate(timeout=PATIENCE)
-        print(f"stranger: status {stranger.returncode}: {said.strip().splitlines()[-1]}", flush=True)
+        ended("stranger", command(results, cluster.address, RAY_AUTH_TOKEN=secrets.token_hex(32)))
 
-        status, lost = None, False
+        run = command(results, cluster.address)
+        while not list(results.glob("artefacts/*/policy.safetensors")) and run.poll() is None:
+            time.sleep(0.2)
+        cluster.remove_node(other, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        print("a node lost, another added", flush=True)
+
+        status = ended("run", run)
         while status != 0:
             before = committed(results)
-            run = command(results, cluster.address)
-            if not lost:
-                trained = results / "artefacts"
-                while not list(trained.glob("*/policy.safetensors")) and run.poll() is None:
-                    time.sleep(0.2)
-                cluster.remove_node(other, allow_graceful=False)
-                cluster.add_node(num_cpus=1)
-                lost = True
-                print("a node lost, another added", flush=True)
-            _, said = run.communicate(timeout=PATIENCE)
-            status = run.returncode
-            print(f"run: status {status}: {said.strip().splitlines()[-1]}", flush=True)
-            assert before.items() <= committed(results).items()
+            status = ended("run", command(results, cluster.address))
+            check_untouched(results, before)
     finally:
         cluster.shutdown()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import KILLS, POLITE, check_equal, rounds
+from attack import KILLS, LOSS, POLITE, check_equal, rounds
 from rich.console import Console
 from rich.table import Table
 
@@ -15,8 +15,8 @@ def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
     finished: Path, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("chaos_seed")
-    kinds = list(KILLS)  # one each; a longer attack draws from all, and from what a user or a scheduler sends
-    kinds += np.random.default_rng(seed).choice([*KILLS, *POLITE], max(0, asked - len(kinds))).tolist()
+    kinds = [LOSS, *KILLS]  # one each; a longer attack draws from all, and from what a user or a scheduler sends
+    kinds += np.random.default_rng(seed).choice([LOSS, *KILLS, *POLITE], max(0, asked - len(KILLS))).tolist()
 
     def tell(text: str) -> None:
         with capsys.disabled():

@@ -1,12 +1,10 @@
 """Several nodes: the rows are those of one machine, also when a node is lost; who has no token stays outside."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from attack import KILLS, PATIENCE, TESTS, check_equal
+from attack import KILLS, PATIENCE, check_equal, program
 
 
 @pytest.mark.slow
@@ -16,15 +14,8 @@ def test_a_lost_node_changes_no_row_and_a_stranger_is_refused(
     if pytestconfig.getoption("kills") <= len(KILLS):
         pytest.skip("three Rays take minutes to start: part of `make chaos`")
     finished = request.getfixturevalue("finished")
-    script = Path(__file__).with_name("hosts.py")
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}:{script.parent}"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "results")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=3 * PATIENCE,
-    )
+    hosts = program("hosts.py", tmp_path / "results")
+    done = subprocess.run(**hosts, capture_output=True, text=True, timeout=3 * PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     stranger, lost, *runs = done.stdout.splitlines()
     assert stranger.startswith("stranger: status 2: mergedt: cannot reach the Ray cluster at")

@@ -1,0 +1,159 @@
+"""`python -m benchmarks.scale`: what a sweep costs besides its rollouts, and how much memory it takes on the way.
+
+Real recipes, plan, Ray Tune, pool and commits; the rollout actors answer at once, with rows of no meaning.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import ray
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dt.model.architecture import Architecture
+from dt.model.decision_transformer import DecisionTransformer
+from dt.model.size import Size
+from dt.rollout.evaluate import Episodes
+from dt.tasks import get_task
+from orchestrator.messages import Failure
+from orchestrator.plan import make_plan
+from orchestrator.progress import Phase
+from orchestrator.recipes import Evaluate, Merge, Recording, Train
+from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent
+from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
+from orchestrator.session import connect
+from orchestrator.store import Store
+from orchestrator.sweeps import sweep
+from orchestrator.tables import Tables
+
+TASKS = ("hopper", "walker2d")
+TINY = Architecture(width=16, layers=1, heads=1, context=5)
+EXPERTS = tuple(Train(dataset=Recording(task=task, quality="expert", episodes=1), architecture=TINY) for task in TASKS)
+SIZE = Size(shared=1, specific=0, heads=1, mask_bits=0, transformer=1.0)
+LINE = 100  # evaluations of a line, which differ in alpha alone
+SAMPLES = 10  # points of the curve
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a sweep is: evaluations done, seconds since its beginning, memory of this process and of the pool's."""
+
+    done: int
+    seconds: float
+    driver_megabytes: float
+    pool_megabytes: float
+
+
+@ray.remote(num_cpus=WORKER_CPUS)
+class InstantWorker:
+    """A rollout actor without rollouts."""
+
+    def ready(self) -> None:
+        """Returns once the process lives."""
+
+    def evaluate(self, job: Job, weights: dict[str, Sent]) -> list[Rows]:
+        """Rows as of an evaluation that took no time."""
+        del weights
+        return [_rows(evaluation) for evaluation in job]
+
+
+def _rows(evaluation: Evaluate) -> Rows:
+    zeros = np.zeros(evaluation.episodes)
+    episodes = Episodes(
+        seeds=zeros.astype(np.int64), returns=zeros, lengths=zeros.astype(np.int64), terminated=zeros > 0
+    )
+    return Rows(
+        evaluation.id,
+        episode_rows(evaluation, episodes),
+        policy_row(evaluation.policy, SIZE),
+        run_rows(run_row(evaluation, datetime.now(UTC), 0.0, threads=1, precision=evaluation.precision)),
+    )
+
+
+class Curve(Phase):
+    """A phase that is not shown but measured, at so many points."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__("evaluations", total, "policies")
+        self.samples: list[Sample] = []
+
+    def _show(self, note: str) -> None:
+        del note
+        if self.done * SAMPLES >= self.total * (len(self.samples) + 1):
+            memory = (_megabytes("self"), sum(_megabytes(process) for process in _pools()))
+            self.samples.append(Sample(self.done, time.monotonic() - self.began, *memory))
+
+
+def asked(count: int) -> list[Evaluate]:
+    """So many evaluations, of as many merges of a pair, in lines."""
+    return [
+        Evaluate(
+            policy=Merge(sources=EXPERTS, group="attention", alpha=number / count),
+            task=TASKS[0],
+            episodes=1,
+            seed=number // LINE,
+        )
+        for number in range(count)
+    ]
+
+
+def orchestrate(evaluations: Sequence[Evaluate], root: Path, workers: int) -> tuple[list[Failure], list[Sample]]:
+    """Plan and sweep them, in the Ray of this process, with actors that answer at once."""
+    store, tables = Store(root), Tables(root / "tables")
+    for expert in EXPERTS:
+        torch.manual_seed(0)
+        store.save(expert, DecisionTransformer(TINY, [get_task(expert.task)], 0.0).policy())
+    plan, curve = make_plan(evaluations, store, tables), Curve(len(evaluations))
+    failures = sweep(plan.evaluations, store, tables, workers=workers, phase=curve, worker=InstantWorker)
+    return failures, curve.samples
+
+
+def main(
+    evaluations: Annotated[int, typer.Option(min=SAMPLES)] = 100_000,
+    workers: Annotated[int, typer.Option(min=1, help="Rollout actors.")] = 2,
+    cpus: Annotated[
+        int | None, typer.Option(help="That Ray is told to have; default: a whole one for each actor.")
+    ] = None,
+) -> None:
+    """A table of time and memory on the way."""
+    console, began = Console(), time.monotonic()
+    recipes = asked(evaluations)
+    console.print(f"{evaluations:,} recipes described in {time.monotonic() - began:.1f} s")
+    with connect("local", cpus=cpus or workers), TemporaryDirectory() as folder:
+        failures, samples = orchestrate(recipes, Path(folder), workers)
+    table = Table("evaluations", "seconds", "ms each", "MB of the driver", "MB of the pool")
+    for sample in samples:
+        each = 1000 * sample.seconds / sample.done
+        table.add_row(
+            f"{sample.done:,}", f"{sample.seconds:.0f}", f"{each:.2f}",
+            f"{sample.driver_megabytes:.0f}", f"{sample.pool_megabytes:.0f}",
+        )  # fmt: skip
+    table.caption = f"{workers} actors, {len(failures)} failures"
+    console.print(table)
+
+
+def _megabytes(process: str) -> float:
+    """Resident memory."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _pools() -> list[str]:
+    return [
+        path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::RolloutPool" in path.read_bytes()
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)
