@@ -1,5 +1,6 @@
 """The launcher files, by the Ray launcher's own validation (no cloud, no ssh)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def test_every_node_asks_for_the_token_and_keeps_the_dashboard_home(name: str) -
     assert all("RAY_AUTH_MODE=token" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert any(remote.endswith("auth_token") for remote in config["file_mounts"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_started_on_the_head_runs_on_the_cluster(name: str) -> None:
+    """Without an address it would run in a Ray of its own, on the head alone."""
+    config = read(name)
+    start = next(command for command in config["head_start_ray_commands"] if "ray start" in command)
+    port = re.search(r"--port=(\d+)", start)
+    assert port
+    assert f"echo 'export RAY_ADDRESS=127.0.0.1:{port[1]}' >> ~/.bashrc" in config["head_setup_commands"]
 
 
 def test_the_cloud_has_spot_gpu_workers_that_scale_to_zero() -> None:
