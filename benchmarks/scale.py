@@ -32,7 +32,7 @@ from orchestrator.progress import Phase
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
 from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent
 from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
-from orchestrator.session import connect
+from orchestrator.session import connect, processes
 from orchestrator.store import Store
 from orchestrator.sweeps import sweep
 from orchestrator.tables import Tables
@@ -91,7 +91,7 @@ class Curve(Phase):
     def _show(self, note: str) -> None:
         del note
         if self.done * SAMPLES >= self.total * (len(self.samples) + 1):
-            memory = (_megabytes("self"), sum(_megabytes(process) for process in _pools()))
+            memory = (_megabytes(os.getpid()), sum(_megabytes(pid) for pid, _ in processes("ray::RolloutPool")))
             self.samples.append(Sample(self.done, time.monotonic() - self.began, *memory))
 
 
@@ -143,16 +143,10 @@ def main(
     console.print(table)
 
 
-def _megabytes(process: str) -> float:
+def _megabytes(process: int) -> float:
     """Resident memory."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def _pools() -> list[str]:
-    return [
-        path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::RolloutPool" in path.read_bytes()
-    ]
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _start(folder: Path, cpus: int | None) -> None:
             return
         except Exception as error:
             reason = error
-        while time.monotonic() < deadline and any(b"raylet/raylet" in command for _, command in _processes(folder)):
+        while time.monotonic() < deadline and any(b"raylet/raylet" in command for _, command in processes(str(folder))):
             for port in sorted(folder.glob("session_*/gcs_server_port_*"))[-1:]:
                 with suppress(Exception):
                     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -140,7 +140,7 @@ def _start(folder: Path, cpus: int | None) -> None:
 
 def _silence(folder: Path) -> None:
     """End the log monitor, which polls every log ten times a second for a driver that shows none of them."""
-    for process, command in _processes(folder):
+    for process, command in processes(str(folder)):
         if b"log_monitor.py" in command:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
@@ -166,20 +166,20 @@ def _lean_agents() -> Iterator[None]:
             setattr(utils, switch, former)
 
 
-def _processes(folder: Path) -> list[tuple[int, bytes]]:
-    """Id and command of the processes of the Ray that has its files in `folder`."""
+def processes(mark: str) -> list[tuple[int, bytes]]:
+    """Id and command of the processes whose command contains that: the folder of a Ray, say, or an actor's name."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile
             command = (process / "cmdline").read_bytes()
-            if str(folder).encode() in command:
+            if mark.encode() in command:
                 found.append((int(process.name), command))
     return found
 
 
 def _end_processes(folder: Path) -> None:
     """End what is left of that Ray: of a start that failed, or the detached actors of Train."""
-    for pid, _ in _processes(folder):
+    for pid, _ in processes(str(folder)):
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 

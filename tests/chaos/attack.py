@@ -120,7 +120,7 @@ class Run:
         blow = Blow(kind, time.time(), checkpointed(self.results))
         try:
             if kind == LOSS:
-                lose(next(iter(recordings(self.results))))
+                lose(recordings(self.results)[0])
             elif kind == "interrupt":  # as a terminal does: to everyone
                 os.killpg(self._process.pid, POLITE[kind])
             else:
