@@ -6,6 +6,7 @@ import asyncio
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from dt.tasks import get_task
 from orchestrator.making import realise
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
+
+RETRY_SECONDS = 5.0  # between two calls to a worker that does not answer
 
 # One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy
 # the same bits in whatever company where oneDNN takes the products (see `dt.rollout.actor`), but not for toy widths nor
@@ -115,34 +118,52 @@ class RolloutPool:
     def __init__(self, weights: Mapping[str, Sent], worker: Any) -> None:
         self._weights, self._worker = weights, worker
         self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if one could not start
+        self._returning: set[asyncio.Task[None]] = set()  # kept: asyncio itself holds its tasks weakly
 
     async def recruit(self, workers: int) -> None:
         """Start so many workers. Each gets work as soon as it lives, so one that finds no CPU yet holds nothing up."""
+        await asyncio.gather(*(self._welcome(self._worker.remote()) for _ in range(workers)))
 
-        async def start() -> None:
-            worker = self._worker.remote()
-            try:
-                await worker.ready.remote()
-            except RayError as error:
-                self._idle.put_nowait(error)
-            else:
-                self._idle.put_nowait(worker)
+    async def _welcome(self, worker: Any) -> None:
+        """Give it work once it answers."""
+        try:
+            while True:
+                with suppress(ActorUnavailableError):
+                    await worker.ready.remote()
+                    break
+                await asyncio.sleep(RETRY_SECONDS)
+        except RayError as error:
+            self._idle.put_nowait(error)
+        else:
+            self._idle.put_nowait(worker)
 
-        await asyncio.gather(*(start() for _ in range(workers)))
+    def _replace(self, worker: Any) -> None:
+        """End a worker that does not answer, so that Ray starts it afresh, here or elsewhere."""
+        ray.kill(worker, no_restart=False)
+        task = asyncio.create_task(self._welcome(worker))
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
 
     async def evaluate(self, job: Job) -> list[Rows] | list[Failure]:
-        """The job's rows; or, should it kill its worker or raise, a failure for each of its evaluations."""
+        """The job's rows; or, should it kill its worker or raise, a failure for each of its evaluations.
+
+        A worker that stands still, or cannot be reached, is no fault of the job: another one does it.
+        """
         needed = {part.id: self._weights[part.id] for evaluation in job for part in ingredients(evaluation)}
-        worker = await self._idle.get()
-        try:
-            if isinstance(worker, RayError):
-                raise worker
-            rows: list[Rows] = await worker.evaluate.remote(job, needed)
-            return rows
-        except RayError as error:
-            return [Failure(evaluation.id, describe(evaluation), explain(error)) for evaluation in job]
-        finally:
+        while True:
+            worker = await self._idle.get()
+            try:
+                if isinstance(worker, RayError):
+                    raise worker
+                rows: list[Rows] = await worker.evaluate.remote(job, needed)
+            except ActorUnavailableError:
+                self._replace(worker)
+                continue
+            except RayError as error:
+                self._idle.put_nowait(worker)
+                return [Failure(evaluation.id, describe(evaluation), explain(error)) for evaluation in job]
             self._idle.put_nowait(worker)
+            return rows
 
 
 def jobs_of(line: Sequence[Evaluate]) -> list[Job]:
