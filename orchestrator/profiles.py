@@ -95,8 +95,8 @@ class Profile(Frozen):
 
 # Without dropout: few passes over many episodes underfit rather than overfit, and noise costs precision. With a quiet
 # time-step table: from PyTorch's loud one, HalfCheetah reached half of its data's return in these steps. In small
-# batches: after 1,500 steps of 16 windows HalfCheetah scored what it did after as many of the paper's 64 (79 and 81, its
-# data 79); after 500 of 64, a third more work than the former, it lay on its back.
+# batches: after 1,500 steps of 16 windows HalfCheetah scored what it did after as many of the paper's 64 (79 and 81,
+# its data 79); after 500 of 64, a third more work, it lay on its back.
 _FAST = Optimisation(
     steps=2_000,
     batch_size=16,

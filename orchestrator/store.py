@@ -2,7 +2,8 @@
 
 <root>/artefacts/<recipe id>/*.safetensors        a policy, a language model or a Fisher, its recipe in the header
 <root>/datasets/                                  Minari root of what was recorded here
-<root>/training/<recipe id>/                      Ray Train's checkpoints, until the policy is committed
+<root>/training/<recipe id>/                      a training's checkpoint, until the policy is committed
+<root>/training/.ray/                             what Ray Train writes beside it
 <root>/tables/                                    rows (tables.py)
 """
 
@@ -49,6 +50,7 @@ class Store:
         self.artefacts = self.root / "artefacts"
         self.datasets = self.root / "datasets"
         self.training = self.root / "training"
+        self.scratch = self.training / ".ray"
         self.tables = self.root / "tables"
 
     def path(self, recipe: Artefact) -> Path:
@@ -82,10 +84,14 @@ class Store:
         _save(recipe, value, folder / file_name(recipe))
         write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
 
+    def finished(self, recipe: Job) -> bool:
+        """Whether its training is through, though perhaps not committed."""
+        return (self.training_path(recipe) / OUTCOME).is_file()
+
     def adopt_trained(self, recipe: Job) -> dict[str, Any] | None:
         """Commit what a finished training made and return its outcome; None when it has not finished."""
         folder, path = self.training_path(recipe), self.path(recipe)
-        if not (folder / OUTCOME).is_file():
+        if not self.finished(recipe):
             return None
         outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
         if (folder / path.name).is_file():  # not when a kill came right after the move
@@ -97,7 +103,7 @@ class Store:
 
     def unfinished(self) -> frozenset[str]:
         """Ids of the recipes whose training has begun and is not committed."""
-        return frozenset(path.name for path in self.training.iterdir()) if self.training.is_dir() else frozenset()
+        return frozenset(path.name for path in self.training.glob("[!.]*"))
 
     def load_policy(self, recipe: Trained) -> Policy:
         """The recipe's committed policy.
@@ -140,7 +146,7 @@ class Store:
         for folder in (self.artefacts, self.tables):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
-        for leftover in self.datasets.glob(".recording-*"):
+        for leftover in (self.scratch, *self.datasets.glob(".recording-*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
     @contextmanager

@@ -1,18 +1,18 @@
-"""Training on Ray Train: one `TorchTrainer` a recipe, named by the recipe's id, launched from a thin Tune trial.
+"""Training on Ray Train: one `TorchTrainer` for each slot of the machine, launched from a thin Tune trial, whose worker
+takes the slot's recipes one after another: starting a run costs as much as half a minute of training.
 Fisher estimates and imports of language models take no steps and run as plain Ray tasks.
 
-The worker keeps checkpoints under `training/<id>/` and, when it is through, leaves the policy and its rows there; the
-driver alone moves them into the store and the tables. A run that is killed, anywhere, goes on from its last checkpoint.
+The worker keeps a recipe's checkpoint under `training/<id>/` and, when it is through, leaves the policy and its rows
+there; the driver alone moves them into the store and the tables. A run that is killed, anywhere, goes on from there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-import threading
+import shutil
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,13 +34,12 @@ if TYPE_CHECKING:
     from dt.training.loop import TrainingState
 
 LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
-MAX_FAILURES = 3  # lost workers a run survives; a mistake of the user is not tried again
+MAX_FAILURES = 3  # workers that a recipe may lose between two checkpoints; a mistake of the user is not tried again
 PROGRESS_SECONDS = 2.0
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
-_STATE, _LOG, _PROGRESS = "state.safetensors", "log.json", "progress.json"
+_STATE, _LOG, _PROGRESS, _ENDS = "state.safetensors", "log.json", "progress.json", "ends.json"
 
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # a checkpoint waits for the controller's next look: 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a helper process of 120 MB for each run
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a loaded laptop takes its time to import torch
 }
@@ -61,10 +60,10 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Lane:
     """What a training worker has to know; travels as JSON."""
 
-    recipe: str
+    recipes: tuple[str, ...]  # one after another
     results: str
     threads: int
     gpu: bool
@@ -77,31 +76,60 @@ def train_all(
     """Train and commit all of them; returns those that failed."""
     from orchestrator.tuning import run_trials
 
-    by_id = {recipe.id: recipe for recipe in recipes}
-    for recipe in recipes:
-        if not can_resume(store.training_path(recipe)):
-            store.discard_training(recipe)
     finished: set[str] = set()
-    failures: list[Failure] = []
+    errors: dict[str, str] = {}
+    cadence = _Cadence(PROGRESS_SECONDS)
+
+    def look() -> None:
+        """Commit what is finished and show the steps that the workers note. Through Ray this would take more actors."""
+        for recipe in recipes:
+            if recipe.id not in finished and commit_outcome(recipe, store, tables):
+                finished.add(recipe.id)
+        running = [note for recipe in recipes if (note := _read_progress(store, recipe))]
+        done = sum(recipe.optimisation.steps for recipe in recipes if recipe.id in finished)
+        losses = ", ".join(f"{note['loss']:.4f}" for note in running)
+        phase.set(done + sum(note["step"] for note in running), f"loss {losses}" if losses else "")
+
+    def look_now_and_then() -> None:
+        if cadence.due():
+            with cadence.measured():
+                look()
 
     def on_report(report: dict[str, Any]) -> None:
         if "lost" in report:
-            raise UserError(f"{describe(by_id[report['lost']])}: {report['why']}; run the same command again to go on")
-        recipe = by_id[report["finished"]]
-        if report["error"]:
-            failures.append(Failure(recipe.id, describe(recipe), report["error"]))
-        else:
-            commit_outcome(recipe, store, tables)
-            finished.add(recipe.id)
+            raise UserError(f"a training run was lost: {report['lost']}; run the same command again to go on")
+        errors.update(report["errors"])
 
-    work = [
-        asdict(_Work(recipe.model_dump_json(), str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds))
-        for recipe in recipes
-    ]
+    lanes = [tuple(recipe.model_dump_json() for recipe in lane) for lane in lanes_of(recipes, slots.count)]
+    work = [asdict(Lane(lane, str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds)) for lane in lanes]
+    for recipe in recipes:  # another run, another try
+        (store.training_path(recipe) / _ENDS).unlink(missing_ok=True)
     launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
-    with _watched(recipes, finished, store, phase):
-        died = run_trials(launch, "work", work, on_report, concurrent=slots.count, reuse=False)
+    died = run_trials(launch, "work", work, on_report, on_step=look_now_and_then, concurrent=slots.count, reuse=False)
+    look()
+    shutil.rmtree(store.scratch, ignore_errors=True)
+    failures = [
+        Failure(recipe.id, describe(recipe), errors[recipe.id])
+        for recipe in recipes
+        if recipe.id in errors.keys() - finished
+    ]
     return [*failures, *(Failure("", "a training", explain(error)) for error in died)]
+
+
+def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
+    """The recipes in so many lanes of about the same work: the next longest always into the shortest lane."""
+    lanes: list[list[Job]] = [[] for _ in range(min(count, len(recipes)))]
+    work = [0] * len(lanes)
+    for recipe in sorted(recipes, key=_windows, reverse=True):
+        shortest = work.index(min(work))
+        lanes[shortest].append(recipe)
+        work[shortest] += _windows(recipe)
+    return lanes
+
+
+def _windows(recipe: Job) -> int:
+    """That a training takes in: what it costs, model for model."""
+    return recipe.optimisation.steps * recipe.optimisation.batch_size
 
 
 def compute_all(
@@ -157,44 +185,6 @@ def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
     return True
 
 
-def can_resume(folder: Path) -> bool:
-    """Whether Ray Train will go on from what is there. A kill while it wrote its snapshot, in place, leaves half of it
-    or one that names a checkpoint already gone; it would refuse that for ever."""
-    snapshot = folder / "checkpoint_manager_snapshot.json"
-    if not snapshot.is_file():
-        return True
-    try:
-        results = json.loads(snapshot.read_text())["checkpoint_results"]
-        return all((folder / result["checkpoint_dir_name"]).is_dir() for result in results)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-@contextmanager
-def _watched(recipes: Sequence[Job], finished: Set[str], store: Store, phase: Phase) -> Iterator[None]:
-    """Show the steps that the workers note in their folders. Through Ray this would take an actor for each training."""
-
-    def show() -> None:
-        running = [note for recipe in recipes if (note := _read_progress(store, recipe))]
-        done = sum(recipe.optimisation.steps for recipe in recipes if recipe.id in finished)
-        losses = ", ".join(f"{note['loss']:.4f}" for note in running)
-        phase.set(done + sum(note["step"] for note in running), f"loss {losses}" if losses else "")
-
-    def watch() -> None:
-        while not over.wait(PROGRESS_SECONDS):
-            show()
-
-    over = threading.Event()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
-        show()
-
-
 def _read_progress(store: Store, recipe: Job) -> dict[str, Any] | None:
     try:
         progress: dict[str, Any] = json.loads((store.training_path(recipe) / _PROGRESS).read_text())
@@ -207,89 +197,112 @@ def _read_progress(store: Store, recipe: Job) -> dict[str, Any] | None:
 
 
 def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
-    """Run one training with Ray Train and report how it ended."""
+    """Run one lane with Ray Train and report what in it failed, by recipe."""
     from ray import tune
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    work = _Work(**config["work"])
-    recipe = _JOB.validate_json(work.recipe)
+    work = Lane(**config["work"])
+    recipes = [_JOB.validate_json(recipe) for recipe in work.recipes]
     trainer = TorchTrainer(
-        _train_worker,  # type: ignore[arg-type]  # what it returns is the result's return_value
+        train_lane,  # type: ignore[arg-type]  # what it returns is the result's return_value
         train_loop_config=config["work"],
         scaling_config=ScalingConfig(
             num_workers=1, use_gpu=gpu > 0, resources_per_worker={"CPU": cpus} | ({"GPU": gpu} if gpu > 0 else {})
         ),
         run_config=RunConfig(
-            name=recipe.id,
-            storage_path=str(Store(Path(work.results)).training),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            name=recipes[0].id,
+            storage_path=str(Store(Path(work.results)).scratch),
+            failure_config=FailureConfig(max_failures=(MAX_FAILURES + 1) * len(recipes)),
         ),
     )
     try:
-        error = trainer.fit().return_value  # type: ignore[attr-defined]
+        errors = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as failure:
         causes = getattr(failure, "worker_failures", {})
-        error = explain(next(iter(causes.values()), failure))
+        errors = dict.fromkeys((recipe.id for recipe in recipes), explain(next(iter(causes.values()), failure)))
     except Exception as failure:
         # The controller died (of memory, say). Without a dashboard its CPUs are never given back and other trainings
         # might wait for them for ever: the run ends, and with it the embedded Ray.
-        tune.report({"lost": recipe.id, "why": explain(failure)})
+        tune.report({"lost": explain(failure)})
         return
-    tune.report({"finished": recipe.id, "error": error})
+    tune.report({"errors": errors})
 
 
 # --- in the training worker -------------------------------------------------------------------------------------------
 
 
-def _train_worker(config: dict[str, Any]) -> str | None:
-    """Train to the end. Returns a mistake of the user as a sentence: raised, it would be tried again."""
-    try:
-        _train(_Work(**config))
-    except UserError as error:
-        return str(error)
-    return None
+def train_lane(config: dict[str, Any]) -> dict[str, str]:
+    """Train the lane to its end. Returns the mistakes of the user, by recipe, as sentences: raised, they would be tried
+    again. After the death of a worker the next one begins here, too: it skips what is finished."""
+    from dt.memory import keep_freed_memory
+
+    keep_freed_memory()
+    work = Lane(**config)
+    store, errors = Store(Path(work.results)), dict[str, str]()
+    for recipe in map(_JOB.validate_json, work.recipes):
+        if store.has(recipe) or store.finished(recipe):
+            continue
+        try:
+            with _counted(store.training_path(recipe) / _ENDS):
+                _train(recipe, store, work)
+        except UserError as error:
+            errors[recipe.id] = str(error)
+    return errors
 
 
-def _train(work: _Work) -> None:
-    import ray.train
+def _train(recipe: Job, store: Store, work: Lane) -> None:
     import torch
 
     from dt.language.model import LanguageModel
-    from dt.memory import keep_freed_memory
     from dt.model.size import size_of
     from dt.training.loop import run
     from orchestrator.making import begin, finish
 
-    keep_freed_memory()
-    recipe, store = _JOB.validate_json(work.recipe), Store(Path(work.results))
     torch.set_num_threads(work.threads)
     device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
+    folder = store.training_path(recipe)
     begun: TrainingState[Any] = begin(recipe, store, device)
-    with _resumed() as (state_file, log):
-        cadence, progress = _Cadence(work.checkpoint_seconds), _Cadence(PROGRESS_SECONDS)
-        for state in run(begun, resume=state_file, log_every=LOG_EVERY):
-            log.add(state)
-            if progress.due():
-                with progress.measured():
-                    note = json.dumps({"step": state.step, "loss": state.metrics["loss"]})
-                    _note(store.training_path(recipe) / _PROGRESS, note)
-            if not state.done and cadence.due():
-                with cadence.measured(), tempfile.TemporaryDirectory() as folder:
-                    state.save(Path(folder, _STATE))
-                    write_atomically(Path(folder, _LOG), log.to_json())
-                    ray.train.report(
-                        {"step": state.step, "loss": state.metrics["loss"]},
-                        checkpoint=ray.train.Checkpoint.from_directory(folder),
-                    )
+    state_file, log = _resumed(folder)
+    cadence, progress = _Cadence(work.checkpoint_seconds), _Cadence(PROGRESS_SECONDS)
+    for state in run(begun, resume=state_file, log_every=LOG_EVERY):
+        log.add(state)
+        if progress.due():
+            with progress.measured():
+                _note(folder / _PROGRESS, json.dumps({"step": state.step, "loss": state.metrics["loss"]}))
+        if not state.done and cadence.due():
+            with cadence.measured():
+                write_atomically(folder / _LOG, log.to_json())  # first: `_Log.add` drops what is ahead of the state
+                state.save(folder / _STATE)
+                (folder / _ENDS).unlink(missing_ok=True)
     made = finish(recipe, begun.result())
     ran = run_row(
         recipe, log.started, log.seconds, threads=work.threads, precision=recipe.optimisation.precision, gpu=gpu
     )
     size = None if isinstance(made, LanguageModel) else size_of(made).model_dump()
     store.save_trained(recipe, made, {"metrics": log.metrics, "size": size, "run": ran})
+
+
+@contextmanager
+def _counted(file: Path) -> Iterator[None]:
+    """Note in a file why the block ended early, time after time; a death leaves what was noted before it.
+
+    Raises UserError when that was too often: it is this recipe that kills the workers, and others wait.
+    """
+    ends: list[str] = json.loads(file.read_text()) if file.is_file() else []
+    if len(ends) > MAX_FAILURES:
+        raise UserError(f"it was begun {len(ends)} times, the last time ended by {ends[-1]}")
+    write_atomically(file, json.dumps([*ends, "the death of its worker, for want of memory perhaps"]).encode())
+    try:
+        yield
+    except UserError:
+        file.unlink(missing_ok=True)
+        raise
+    except Exception as error:
+        write_atomically(file, json.dumps([*ends, explain(error)]).encode())
+        raise
+    file.unlink(missing_ok=True)
 
 
 def _note(path: Path, text: str) -> None:
@@ -319,7 +332,9 @@ class _Log:
         return json.dumps(saved).encode()
 
     def add(self, state: TrainingState[Any]) -> None:
-        """One more row."""
+        """One more row, in the place of those that a kill left ahead of the saved state."""
+        while self.metrics and self.metrics[-1]["step"] >= state.step:
+            self.metrics.pop()
         self.metrics.append(dict(state.metrics))
 
     @property
@@ -328,17 +343,11 @@ class _Log:
         return self._seconds_before + time.perf_counter() - self._clock
 
 
-@contextmanager
-def _resumed() -> Iterator[tuple[Path | None, _Log]]:
-    """The state and the log to go on from: of the last checkpoint Ray Train knows, or none and an empty log."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None, _Log([], datetime.now(UTC), 0.0)
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder, _STATE), _Log.from_json(Path(folder, _LOG).read_text())
+def _resumed(folder: Path) -> tuple[Path | None, _Log]:
+    """The state and the log to go on from: of the recipe's last checkpoint, or none and an empty log."""
+    if not (folder / _STATE).is_file():
+        return None, _Log([], datetime.now(UTC), 0.0)
+    return folder / _STATE, _Log.from_json((folder / _LOG).read_text())
 
 
 class _Cadence:

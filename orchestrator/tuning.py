@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
@@ -17,8 +18,8 @@ TRIAL_RESOURCES = {"CPU": 0.01}
 class _Writer(Callback):
     """Passes on what trials report, in the driver. Tune's log line for an error in here would hide it: it is kept."""
 
-    def __init__(self, on_report: Callable[[dict[str, Any]], None]) -> None:
-        self._on_report = on_report
+    def __init__(self, on_report: Callable[[dict[str, Any]], None], on_step: Callable[[], None]) -> None:
+        self._on_report, self._on_step = on_report, on_step
         self.error: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -27,8 +28,18 @@ class _Writer(Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         del iteration, trials, trial, info
-        try:
+        with self._kept():
             self._on_report(result)
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        del iteration, trials, info
+        with self._kept():
+            self._on_step()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             self.error = error
             raise
@@ -42,14 +53,16 @@ def run_trials(
     *,
     concurrent: int,
     reuse: bool,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[BaseException]:
     """Run one trial for each value; `on_report` gets every report, one after another, in this process.
 
-    reuse: run the next trial in the process of the last, which saves a second a trial. What `on_report` takes out of a
-    report does not stay in Tune's memory; its exceptions end the run and are raised here.
+    reuse: run the next trial in the process of the last, which saves a second a trial. on_step: called in between,
+    several times a second. What `on_report` takes out of a report does not stay in Tune's memory; exceptions of both
+    end the run and are raised here.
     Returns the errors of trials that died, which a trial made only of waiting does not by itself.
     """
-    writer = _Writer(on_report)
+    writer = _Writer(on_report, on_step)
     with tempfile.TemporaryDirectory(prefix="mergedt-tune-") as scratch:  # Tune's snapshots: resume never reads them
         tuner = tune.Tuner(
             tune.with_resources(trainable, TRIAL_RESOURCES),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from orchestrator.session import Session
 from orchestrator.store import Store
 from orchestrator.sweeps import bundles_of, lines_of
 from orchestrator.tables import Tables
-from orchestrator.training import LOG_EVERY, can_resume
+from orchestrator.training import LOG_EVERY, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(file=io.StringIO())
@@ -192,24 +193,67 @@ def test_many_lines_share_a_trial_and_none_is_cut():
     assert len(bundles_of(lines, 1)) == 1
 
 
-@pytest.mark.parametrize(
-    ("snapshot", "resumes"),
-    [
-        ({"checkpoint_results": []}, True),
-        ({"checkpoint_results": [{"checkpoint_dir_name": "kept"}]}, True),
-        ({"checkpoint_results": [{"checkpoint_dir_name": "kept"}, {"checkpoint_dir_name": "gone"}]}, False),
-        (None, True),
-        ("", False),
-        ('{"checkpoint_resu', False),
-        ("[]", False),
-    ],
-)
-def test_a_snapshot_torn_by_a_kill_begins_that_training_afresh(tmp_path, snapshot, resumes):
-    (tmp_path / "kept").mkdir()
-    if snapshot is not None:
-        text = snapshot if isinstance(snapshot, str) else json.dumps(snapshot)
-        (tmp_path / "checkpoint_manager_snapshot.json").write_text(text)
-    assert can_resume(tmp_path) == resumes
+def lane(root: Path, *recipes: Train) -> dict[str, object]:
+    """For `train_lane`, without Ray; what the recipes learn from is recorded."""
+    for recipe in recipes:
+        record(recipe.task, "medium", 3, 0, Store(root).datasets)
+    sent = tuple(recipe.model_dump_json() for recipe in recipes)
+    return asdict(Lane(sent, str(root), threads=1, gpu=False, checkpoint_seconds=0.0))
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_whatever_the_log_says(tmp_path, by_hand):
+    recipe, store, tables = expert("hopper"), Store(tmp_path), Tables(tmp_path / "tables")
+    config, folder = lane(tmp_path, recipe), store.training_path(recipe)
+    torch.set_num_threads(1)
+    begun = begin(recipe, store, "cpu")
+    begun.advance(100)
+    begun.save(folder / "state.safetensors")
+    rows = [{name: row[name] for name in row if name != "state"} for row in by_hand[1]["hopper"]]
+    ahead = [*rows[:2], {**rows[2], "loss": -1.0}]  # killed after the log, before the state
+    log = {"metrics": ahead, "started": datetime.now(UTC).isoformat(), "seconds": 7.0}
+    (folder / "log.json").write_text(json.dumps(log))
+    assert train_lane(config) == {}
+    assert commit_outcome(recipe, store, tables)
+    assert [row["loss"] for row in tables.read("training").to_pylist()] == [row["loss"] for row in rows]
+    stored = store.load_policy(recipe).arrays()
+    assert all(np.array_equal(stored[name], array) for name, array in by_hand[0]["hopper"].arrays().items())
+    (ran,) = tables.read("runs")["seconds"].to_pylist()
+    assert ran > 7.0
+    assert train_lane(config) == {}  # nothing left to do
+    assert store.unfinished() == frozenset()
+
+
+def test_a_recipe_that_kills_its_workers_stops_no_other(tmp_path):
+    deadly, other = expert("hopper", steps=5), expert("walker2d", steps=5)
+    config, store = lane(tmp_path, deadly, other), Store(tmp_path)
+    store.training_path(deadly).mkdir(parents=True)
+    (store.training_path(deadly) / "ends.json").write_text(json.dumps(["a death"] * (MAX_FAILURES + 1)))
+    assert train_lane(config) == {deadly.id: "it was begun 4 times, the last time ended by a death"}
+    assert store.finished(other)
+    assert not store.finished(deadly)
+
+
+def test_an_unforeseen_error_is_tried_again_and_then_told(tmp_path):
+    recipe, store = expert("hopper", steps=5), Store(tmp_path)
+    config = lane(tmp_path, recipe)
+    store.training_path(recipe).mkdir(parents=True)
+    (store.training_path(recipe) / "log.json").write_text("{}")
+    begin(recipe, store, "cpu").save(store.training_path(recipe) / "state.safetensors")
+    for _ in range(MAX_FAILURES + 1):
+        with pytest.raises(KeyError):
+            train_lane(config)
+    (told,) = train_lane(config).values()
+    assert told == "it was begun 4 times, the last time ended by KeyError: 'metrics'"
+
+
+def test_lanes_share_the_work():
+    lengths = [100, 10, 20, 70, 30]
+    recipes = [expert("hopper", steps=steps) for steps in lengths]
+    lanes = lanes_of(recipes, 2)
+    assert [[recipe.optimisation.steps for recipe in lane] for lane in lanes] == [[100, 20], [70, 30, 10]]
+    assert lanes_of(recipes[:1], 2) == [recipes[:1]]
+    wide = expert("hopper", steps=50, batch_size=80)
+    assert lanes_of([*recipes, wide], 2)[0] == [wide]
 
 
 def test_policies_are_realised_recursively():

@@ -5,7 +5,6 @@ A round is one results folder; it is over when the command succeeds. Rounds foll
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -191,13 +190,8 @@ def committed(results: Path) -> Mapping[Path, int]:
 
 
 def checkpointed(results: Path) -> frozenset[str]:
-    """The trainings that Ray Train knows a checkpoint of."""
-    found = set()
-    for path in results.glob("training/*/checkpoint_manager_snapshot.json"):
-        with suppress(OSError, ValueError):  # gone, or being written
-            if json.loads(path.read_text())["latest_checkpoint_result"]:
-                found.add(path.parent.name)
-    return frozenset(found)
+    """The trainings that left a checkpoint."""
+    return frozenset(path.parent.name for path in results.glob("training/*/state.safetensors"))
 
 
 def recordings(results: Path) -> list[Path]:
