@@ -88,7 +88,7 @@ def sweep(
             "bundle",
             list(range(len(bundles))),
             commit,
-            concurrent=min(len(bundles), workers + 2),
+            concurrent=min(len(bundles), workers + 1),
             reuse=True,
         )
     finally:

@@ -1,11 +1,13 @@
 """Killed anywhere, the same command ends with the tables of a run that nobody disturbed. `--kills` says how often."""
 
+import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import KILLS, LOSS, POLITE, check_equal, rounds
+from attack import KILLS, LOSS, POLITE, check_equal, program, rounds
 from rich.console import Console
 from rich.table import Table
 
@@ -33,3 +35,15 @@ def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
         table.add_row(kind, str(times))
     table.caption = f"{runs} runs; {rows} rows as in the undisturbed run"
     Console().print(table)
+
+
+@pytest.mark.slow
+def test_a_rollout_actor_that_stands_still_is_replaced_and_fails_no_job() -> None:
+    often = {f"RAY_grpc_client_keepalive_{limit}_ms": "2000" for limit in ("time", "timeout")}
+    done = subprocess.run(**program("stalled.py", RAY_ADDRESS="", **often), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(told["first"])) == 2
+    assert set(told["second"]) == set(told["first"]) - {told["stopped"]}
+    assert len(set(told["last"])) == 2
+    assert told["stopped"] not in told["last"]

@@ -1,0 +1,54 @@
+"""A pool of two rollout actors one of which is stopped, as on a machine that hangs. Prints which process did which job.
+
+Ray notices in minutes; the test lets it look more often (RAY_grpc_client_keepalive_...).
+"""
+
+import json
+import os
+import signal
+import time
+
+import ray
+from toy import sweep
+
+from orchestrator.recipes import ingredients
+from orchestrator.rollouts import WORKER_CPUS, RolloutPool
+from orchestrator.session import connect
+
+
+@ray.remote(num_cpus=WORKER_CPUS, max_restarts=-1, max_task_retries=2)
+class Worker:
+    """Answers with its process."""
+
+    def ready(self) -> None:
+        """It is."""
+
+    def evaluate(self, job: object, weights: object) -> int:
+        """Half a second of work."""
+        del job, weights
+        time.sleep(0.5)
+        return os.getpid()
+
+
+def main() -> None:
+    """Some jobs, a stop, more jobs, and jobs until the stopped one's successor takes part."""
+    jobs = [(evaluation,) for evaluation in sweep()]
+    parts = {part.id: part for (evaluation,) in jobs for part in ingredients(evaluation)}
+    with connect("local", cpus=2):
+        pool = RolloutPool.remote({name: (part, ray.put({})) for name, part in parts.items()}, Worker)
+        ray.get(pool.recruit.remote(2))
+
+        def answers() -> list[int]:
+            return ray.get([pool.evaluate.remote(job) for job in jobs])
+
+        first = answers()
+        os.kill(first[0], signal.SIGSTOP)
+        second = answers()
+        deadline = time.monotonic() + 120
+        while len(set(last := answers())) < 2 and time.monotonic() < deadline:
+            pass
+    print(json.dumps({"first": first, "stopped": first[0], "second": second, "last": last}))
+
+
+if __name__ == "__main__":
+    main()
