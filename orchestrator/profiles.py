@@ -163,7 +163,7 @@ _ALL = (
         name="demo",
         purpose="`mergedt demo`: two robots in minutes on two cores",
         recorded_episodes=50,
-        optimisation=_FAST.model_copy(update={"steps": 1_200}),
+        optimisation=_FAST.model_copy(update={"steps": 1_500}),
         alphas=(0.0, 0.25, 0.5, 0.75, 1.0),
         evaluation_episodes=10,
         evaluation_precision="bfloat16",
