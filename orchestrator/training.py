@@ -78,7 +78,6 @@ def train_all(
 
     finished: set[str] = set()
     errors: dict[str, str] = {}
-    cadence = _Cadence(PROGRESS_SECONDS)
 
     def look() -> None:
         """Commit what is finished and show the steps that the workers note. Through Ray this would take more actors."""
@@ -104,6 +103,8 @@ def train_all(
     work = [asdict(Lane(lane, str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds)) for lane in lanes]
     for recipe in recipes:  # another run, another try
         (store.training_path(recipe) / _ENDS).unlink(missing_ok=True)
+    look()  # once before it is timed, for what it imports
+    cadence = _Cadence(PROGRESS_SECONDS)
     launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
     died = run_trials(launch, "work", work, on_report, on_step=look_now_and_then, concurrent=slots.count, reuse=False)
     look()
