@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,14 +13,16 @@ import torch
 from benchmarks.literal import LiteralEvaluation, LiteralTraining
 from benchmarks.measure import Measurement, interleaved, product_rate
 from dt.behaviour.record import record_chunk
-from dt.merging.merge import merge
+from dt.merging.merge import merge, merge_many
 from dt.model.architecture import BASE
 from dt.model.policy import Policy
 from dt.model.size import block_parameters
 from dt.rollout.evaluate import evaluate
 from dt.tasks import get_task
+from dt.training.loop import TrainingState
 from dt.training.objective import train
 from dt.training.optimisation import Optimisation, Precision
+from dt.training.together import advance_together
 from orchestrator.plan import make_plan
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
 from orchestrator.store import Store
@@ -66,30 +68,58 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
 
 
 def merging(rounds: int) -> Iterator[Measurement]:
-    """One merged candidate of a pair, against the original's loop over copied state dicts."""
+    """A merged candidate of a pair, one by one and all in one product, against the original's loop over state dicts."""
     data = record_chunk(TASK.name, "expert", 0, 0, 1)
     pair = [train({TASK.name: data}, BASE, Optimisation(), seed=seed).result() for seed in (0, 1)]
+    alphas = [step / 100 for step in range(1, 100)]
 
-    def ours() -> None:
-        for step in range(100):
-            merge(pair, "attention+mlp", step / 100)
+    def one_by_one() -> None:
+        for alpha in alphas:
+            merge(pair, "attention+mlp", alpha)
+
+    def at_once() -> None:
+        merge_many(pair, "attention+mlp", [[1 - alpha, alpha] for alpha in alphas])
 
     def literal() -> None:
         first, second = (dict(policy.trunk) for policy in pair)
-        for step in range(100):
+        for alpha in alphas:
             merged = {name: tensor.clone() for name, tensor in first.items()}
             for name in merged:
                 if "attn" in name or "mlp" in name:
-                    merged[name] = (1 - step / 100) * first[name] + step / 100 * second[name]
+                    merged[name] = (1 - alpha) * first[name] + alpha * second[name]
 
-    seconds = interleaved({"ours": ours, "literal": literal}, rounds)
-    moved = 3 * 4 * PRODUCTS  # bytes: two are read, one is written
+    seconds = interleaved({"one by one": one_by_one, "at once": at_once, "literal": literal}, rounds)
     source = torch.zeros(25_000_000)
     target = source.clone()  # touched once, so that what is timed is copying and not the kernel's giving of pages
     began = time.perf_counter()
     target.copy_(source)
-    floor = moved / (2 * 4 * source.numel() / (time.perf_counter() - began))
-    yield Measurement("merge of a pair", "candidate", seconds["ours"] / 100, seconds["literal"] / 100, floor)
+    a_byte = (time.perf_counter() - began) / (2 * 4 * source.numel())
+    # one by one two are read and one written; at once both stay in the cache
+    for name, moved in (("one by one", 3 * 4 * PRODUCTS), ("at once", 4 * PRODUCTS)):
+        each, literal_each = seconds[name] / len(alphas), seconds["literal"] / len(alphas)
+        yield Measurement(f"merge of a pair, {name}", "candidate", each, literal_each, moved * a_byte)
+
+
+def together(rounds: int) -> Iterator[Measurement]:
+    """A step of each of eight policies in one process, against one policy after the other."""
+    data = record_chunk(TASK.name, "expert", 0, 0, 4)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for precision in DTYPES:
+        optimisation = Optimisation(steps=10**6, batch_size=16, dropout=0.0, precision=precision)
+        crowd, others = (
+            [train({TASK.name: data}, BASE, optimisation, seed, device=device) for seed in range(8)] for _ in range(2)
+        )
+
+        def one_by_one(runs: Sequence[TrainingState[Policy]] = others) -> None:
+            for state in runs:
+                state.advance(4)
+
+        work: dict[str, Callable[[], object]] = {
+            "together": partial(advance_together, crowd, 4),
+            "one by one": one_by_one,
+        }
+        seconds = {name: found / (4 * len(crowd)) for name, found in interleaved(work, rounds).items()}
+        yield Measurement(f"8 policies on {device}, {precision}", "step", seconds["together"], seconds["one by one"])
 
 
 def planning(rounds: int) -> Iterator[Measurement]:
@@ -113,6 +143,7 @@ def planning(rounds: int) -> Iterator[Measurement]:
 CASES: Mapping[str, Callable[[int], Iterator[Measurement]]] = {
     "training": training,
     "evaluation": evaluation,
+    "together": together,
     "merging": merging,
     "planning": planning,
 }

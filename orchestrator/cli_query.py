@@ -10,8 +10,8 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 from rich.table import Table as RichTable
 
+from dt.files import write_atomically
 from orchestrator.cli_options import console
-from orchestrator.store import write_atomically
 
 FORMS = ("table", "csv", "json", "parquet")
 

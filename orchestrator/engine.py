@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from dt.errors import UserError
+from dt.files import explained
 from orchestrator.plan import Plan, make_plan
 from orchestrator.progress import phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
 from orchestrator.session import Session, check_visible, connect, in_job
-from orchestrator.store import Store, explained
+from orchestrator.store import Store
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
+from dt.files import write_atomically
 from orchestrator.answers import Answer, Cell, DataReturn, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
 from orchestrator.paper import NUMBERS
 from orchestrator.recipes import Dataset, Recording, closure
-from orchestrator.store import Store, write_atomically
+from orchestrator.store import Store
 from orchestrator.tables import Tables
 
 NAME = "README.md"

@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dt.errors import UserError
+from dt.files import explained, flush_folder, write_atomically
 
 if TYPE_CHECKING:  # torch takes a second to import, and `mergedt query` does not need it
     from dt.language.model import LanguageModel
@@ -196,65 +195,3 @@ def _save(recipe: Artefact, value: Value, path: Path) -> None:
         else:
             save_fisher(value, path, header)
         flush_folder(path.parent)
-
-
-def write_atomically(path: Path, content: bytes, *, keep: bool = False) -> bool:
-    """Write `content` to `path` so that no reader, and no run after a kill, ever sees half of it.
-
-    keep: leave a file that is there already as it is (the first writer wins). Returns whether `path` was written.
-    Raises UserError when the disk is full, read-only or forbidden.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if not keep:
-                temporary.replace(path)
-            elif not _link(temporary, path):
-                return False
-            flush_folder(path.parent)
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    """Give the file its final name unless that is taken."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # a file system without hard links
-            raise
-        temporary.replace(path)
-    return True
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses inside the block into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = "make room and run the same command again, it continues where it stopped"
-            raise UserError(f"no space left to write {path}: {remedy}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"may not write {path} ({error.strerror}): give another folder with --results") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {path}: a file stands where a folder is needed") from error
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dt.errors import UserError, unknown
-from orchestrator.store import write_atomically
+from dt.files import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from dt.errors import UserError
+from dt.files import write_atomically
 from orchestrator.messages import Failure, describe, explain
 from orchestrator.progress import Phase
 from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
 from orchestrator.rows import policy_row, run_row, run_rows, training_rows
-from orchestrator.store import Store, write_atomically
+from orchestrator.store import Store
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:

@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from toy import everything
 
 from orchestrator.session import Session, connect
+
+# Policies of 16 numbers a token: on a busy machine two threads that wait for each other take forty times as long.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -88,7 +88,7 @@ MISTAKES = {
     "sampler": (("search", "regularisation", "--profile", "smoke", "--sampler", "tp"), "did you mean 'tpe'"),
     "trials": (("search", "regularisation", "--trials", "0"), "--trials"),
     "no policies yet": (("export", "abc", "--output", "x.safetensors"), "no policies"),
-    "no such file": (("evaluate", "no.safetensors"), "no checkpoint at no.safetensors"),
+    "no such file": (("evaluate", "no.safetensors"), "no policy at no.safetensors"),
     "no original": (
         ("convert", "no.pt", "--task", "hopper", "--source", "no.hdf5", "--output", "x.safetensors"),
         "no.hdf5",

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.func import functional_call, jacrev
 
-from dt.data.trajectories import Trajectories
 from dt.data.windows import Batch
 from dt.errors import UserError
 from dt.merging import fisher as module
@@ -20,22 +19,10 @@ from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy, save_policy
 from dt.tasks import get_task
 from dt.training.objective import windows_of
+from tests.toy import noise
 
 SMALL = Architecture(width=16, layers=2, context=5)
 DEAD = slice(0, 4)  # units of the first block's MLP
-
-
-def noise(task: str) -> Trajectories:
-    """Episodes shorter and longer than a window."""
-    rng, offsets = np.random.default_rng(0), np.cumsum([0, 3, 9, 1, 12])
-    steps, dims = offsets[-1], get_task(task)
-    return Trajectories(
-        rng.normal(size=(steps, dims.state_dim)),
-        np.tanh(rng.normal(size=(steps, dims.action_dim))),
-        rng.random(steps),
-        offsets,
-        np.ones(4, bool),
-    )
 
 
 def policy(*tasks: str, seed: int = 0, architecture: Architecture = SMALL) -> Policy:

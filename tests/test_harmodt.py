@@ -14,6 +14,7 @@ from dt.data.windows import Windows
 from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
+from dt.model.flat import entries, flattened, unflattened
 from dt.model.policy import Policy, load_policy, save_policy, trunk_shapes
 from dt.tasks import get_task
 from dt.training import masks
@@ -25,7 +26,7 @@ from dt.training.objective import action_loss, train
 from dt.training.optimisation import Optimisation
 
 SMALL = Architecture(width=16, layers=2, context=5)
-ENTRIES = masks.entries(masks.masked_shapes(SMALL))
+ENTRIES = entries(masks.masked_shapes(SMALL))
 QUICK = Optimisation(steps=12, batch_size=4, learning_rate=1e-3, warmup_steps=2, weight_decay=0.1)
 CALM = QUICK.model_copy(update={"dropout": 0.0})
 LIVELY = Harmony(interval=3, swapped=0.1, score_batches=2)
@@ -62,7 +63,7 @@ def objective_of(state: TrainingState[Policy]) -> HarmonyObjective:
 
 def kept(policy: Policy) -> torch.Tensor:
     shapes = masks.masked_shapes(policy.architecture)
-    return torch.stack([masks.flattened(policy.masks[task], shapes) for task in policy.heads])
+    return torch.stack([flattened(policy.masks[task], shapes) for task in policy.heads])
 
 
 def same(a: Policy, b: Policy) -> bool:
@@ -98,7 +99,7 @@ def test_densities_are_the_published_ones(width: int, vectors: bool, densities: 
 def test_independent_masks_share_entries_as_chance_has_it() -> None:
     shapes = trunk_shapes(Architecture())
     drawn = masks.drawn(shapes, 0.2, 3, seed=0)
-    by_name = [masks.unflattened(mask, shapes) for mask in drawn]
+    by_name = [unflattened(mask, shapes) for mask in drawn]
     for module, expected in (("mlp.c_fc", [0.013, 0.126, 0.41, 0.45]), ("attn.c_attn", [0.006, 0.082, 0.367, 0.545])):
         users = torch.stack([torch.stack([m[f"h.{i}.{module}.weight"] for i in range(3)]) for m in by_name]).sum(dim=0)
         shares = np.bincount(users.flatten().numpy(), minlength=4) / users.numel()
@@ -190,7 +191,7 @@ def scored_gradient(policy: Policy, task: str, rng: np.random.Generator, batches
     for _ in range(batches):
         gradients = dense_gradients(policy, task, rng)
         scale = min(1.0, limit / norm_of(gradients))
-        total += scale * masks.flattened(gradients, shapes).double().numpy()
+        total += scale * flattened(gradients, shapes).double().numpy()
     return total / batches
 
 
@@ -337,12 +338,12 @@ def test_tasks_vote_on_one_trunk() -> None:
     users = kept(policy).sum(dim=0)
     assert set(users.tolist()) == {0, 1, 2, 3}
     shapes = masks.masked_shapes(SMALL)
-    weights = masks.flattened(policy.trunk, shapes)
+    weights = flattened(policy.trunk, shapes)
     for threshold in (1, 2, 3):
         merged = masks.vote(policy, threshold)
         assert merged.plain
         assert merged.heads is policy.heads
-        assert torch.equal(masks.flattened(merged.trunk, shapes), weights * (users >= threshold))
+        assert torch.equal(flattened(merged.trunk, shapes), weights * (users >= threshold))
         assert all(merged.trunk[name] is policy.trunk[name] for name in policy.trunk if name not in shapes)
     for threshold in (0, 4):
         with pytest.raises(UserError, match="choose 1 to 3"):

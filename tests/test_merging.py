@@ -11,7 +11,7 @@ import torch
 from dt.data.windows import Batch
 from dt.errors import UserError
 from dt.merging.groups import parameters_of, trunk_parameters, units
-from dt.merging.merge import Fisher, assemble, merge, perturb, with_trunk
+from dt.merging.merge import Fisher, assemble, merge, merge_many, perturb, with_trunk
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy, load_policy, save_policy
@@ -71,6 +71,38 @@ def test_alpha_0_is_the_target_and_alpha_1_the_sources_group_bit_for_bit(three: 
         merged = merge([target, source], "attention", alpha)
         for name in parameters_of("attention", ARCHITECTURE):
             assert merged.trunk[name].numpy().tobytes() == owner.trunk[name].numpy().tobytes()
+
+
+def test_many_candidates_are_one_product(three: list[Policy]) -> None:
+    """Against float64; one policy alone bit for bit; the pair's sweep as `merge` gives it."""
+    three[0].trunk["h.0.mlp.c_fc.bias"][0] = -0.0
+    weights = [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1 / 3, 1 / 3, 1 / 3]]
+    before = [{name: array.copy() for name, array in each.arrays().items()} for each in three]
+    for row, candidate in zip(weights, merge_many(three, "attention+mlp", weights), strict=True):
+        for name in trunk_parameters(ARCHITECTURE):
+            if name in parameters_of("attention+mlp", ARCHITECTURE):
+                values = np.stack([each.trunk[name].double().numpy() for each in three])
+                expected = np.tensordot(np.array(row), values, axes=1)
+                np.testing.assert_allclose(candidate.trunk[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+                if 1.0 in row:
+                    assert (
+                        candidate.trunk[name].numpy().tobytes() == three[row.index(1.0)].trunk[name].numpy().tobytes()
+                    )
+            else:
+                assert candidate.trunk[name] is three[0].trunk[name]
+        assert candidate.heads is three[0].heads
+    for each, arrays in zip(three, before, strict=True):
+        assert all(np.array_equal(array, arrays[name]) for name, array in each.arrays().items())
+    alphas = np.linspace(0, 1, 9)
+    for alpha, candidate in zip(alphas, merge_many(three[:2], "trunk", [[1 - a, a] for a in alphas]), strict=True):
+        one = merge(three[:2], "trunk", float(alpha))
+        assert all(torch.allclose(candidate.trunk[name], one.trunk[name], atol=1e-6) for name in one.trunk)
+
+
+@pytest.mark.parametrize("weights", [[[0.5, 0.6]], [[1.5, -0.5]], [[1.0]], [0.5, 0.5], [[float("nan"), 1.0]], []])
+def test_weights_that_make_no_mixture_are_refused(three: list[Policy], weights: list[list[float]]) -> None:
+    with pytest.raises(UserError, match="one row a candidate: 2 numbers ≥ 0, adding up to 1"):
+        merge_many(three[:2], "mlp", weights)
 
 
 def test_many_take_their_uniform_mean(three: list[Policy]) -> None:

@@ -149,7 +149,7 @@ def test_a_policy_survives_saving_and_damage_is_named(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"truncated or corrupt.*delete it"):
         load_policy(path)
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no policy"):
         load_policy(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not a mergedt policy"):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dt.data.trajectories import Trajectories
 from dt.data.windows import Windows
 from dt.errors import UserError
 from dt.merging.groups import parameters_of
@@ -21,23 +20,11 @@ from dt.tasks import get_task
 from dt.training.loop import TrainingState, run
 from dt.training.objective import fine_tune, train
 from dt.training.optimisation import Optimisation
+from tests.toy import noise
 
 TASKS = ("hopper", "halfcheetah", "walker2d")
 SMALL = Architecture(width=16, layers=2, context=5)
 QUICK = Optimisation(steps=4, batch_size=8, learning_rate=1e-3, warmup_steps=0, dropout=0.1)
-
-
-def noise(task: str, seed: int = 0) -> Trajectories:
-    """Episodes shorter and longer than a window."""
-    rng, offsets = np.random.default_rng(seed), np.cumsum([0, 3, 9, 1, 12])
-    steps, dims = offsets[-1], get_task(task)
-    return Trajectories(
-        rng.normal(size=(steps, dims.state_dim)),
-        np.tanh(rng.normal(size=(steps, dims.action_dim))),
-        rng.random(steps),
-        offsets,
-        np.ones(4, bool),
-    )
 
 
 DATA = {task: noise(task) for task in TASKS}

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from toy import expert
 
 from dt.errors import UserError
+from dt.files import write_atomically
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy
 from dt.tasks import get_task
 from orchestrator.recipes import Train
-from orchestrator.store import Store, write_atomically
+from orchestrator.store import Store
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +106,7 @@ def test_writing_killed_at_any_moment_leaves_whole_files_only(tmp_path):
     code = """
         import sys
         from pathlib import Path
-        from orchestrator.store import write_atomically
+        from dt.files import write_atomically
         folder, first = Path(sys.argv[1]), int(sys.argv[2])
         print("ready", flush=True)
         for i in range(first, 10**6):
@@ -145,7 +146,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
         import resource, sys
         from pathlib import Path
         from dt.errors import UserError
-        from orchestrator.store import write_atomically
+        from dt.files import write_atomically
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
             write_atomically(Path(sys.argv[1], "table.parquet"), bytes(10**6))
@@ -173,7 +174,7 @@ def test_a_really_full_disk(tmp_path):
             write_atomically(disk / "tables" / "rows.parquet", bytes(10**6))
         assert [path for path in disk.glob("**/*") if path.is_file()] == []
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(UserError, match=r"may not write .* give another folder with --results"):
+        with pytest.raises(UserError, match=r"may not write .* give another folder \(--results\)"):
             write_atomically(disk / "rows.parquet", b"")
         with pytest.raises(UserError, match="may not write"), store.lock():
             pass

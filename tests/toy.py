@@ -1,6 +1,10 @@
 """The smallest recipes that run everything: two robots, one-layer policies, seconds on an idle core."""
 
+import numpy as np
+
+from dt.data.trajectories import Trajectories
 from dt.model.architecture import Architecture
+from dt.tasks import get_task
 from dt.training.optimisation import Optimisation
 from orchestrator.recipes import (
     AnyPolicy,
@@ -18,6 +22,19 @@ from orchestrator.recipes import (
 TASKS = ("hopper", "walker2d")
 ARCHITECTURE = Architecture(width=16, layers=1, heads=1, context=5)
 OPTIMISATION = Optimisation(steps=220, batch_size=8, learning_rate=1e-3, warmup_steps=5)
+
+
+def noise(task: str, seed: int = 0) -> Trajectories:
+    """Data of a task's shapes without physics: episodes shorter and longer than a window."""
+    rng, offsets = np.random.default_rng(seed), np.cumsum([0, 3, 9, 1, 12])
+    steps, dims = offsets[-1], get_task(task)
+    return Trajectories(
+        rng.normal(size=(steps, dims.state_dim)),
+        np.tanh(rng.normal(size=(steps, dims.action_dim))),
+        rng.random(steps),
+        offsets,
+        np.ones(4, bool),
+    )
 
 
 def recording(task: str) -> Recording:

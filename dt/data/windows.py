@@ -59,24 +59,23 @@ class Windows:
             ends=np.repeat(offsets[1:], lengths),
         )
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+    def sample(self, batch_size: int, rng: np.random.Generator, device: torch.device | str = "cpu") -> Batch:
         """Windows from uniformly drawn steps on, K steps long or to the end of the episode.
 
         That is the original code's draw: a trajectory in proportion to its length, then a uniform start in it.
         """
+        rows, mask = self.draw(batch_size, rng)
+        tables = (self.returns_to_go, self.states, self.actions, self.timesteps)
+        return Batch(*(torch.from_numpy(array).to(device) for array in (*(table[rows] for table in tables), mask)))
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Which rows of the tables a sample gathers, and which of them are steps: (B, K) each."""
         padding_row = len(self.ends)
         starts = rng.integers(len(self.ends), size=batch_size)
         stops = np.minimum(starts + self.context, self.ends[starts])
         rows = stops[:, None] + np.arange(-self.context, 0)  # (B, K), right-aligned
         mask = rows >= starts[:, None]
-        rows = np.where(mask, rows, padding_row)
-        return Batch(
-            returns_to_go=torch.from_numpy(self.returns_to_go[rows]),
-            states=torch.from_numpy(self.states[rows]),
-            actions=torch.from_numpy(self.actions[rows]),
-            timesteps=torch.from_numpy(self.timesteps[rows]),
-            mask=torch.from_numpy(mask),
-        )
+        return np.where(mask, rows, padding_row), mask
 
 
 def _padded(table: npt.NDArray[T]) -> npt.NDArray[T]:

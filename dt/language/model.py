@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from dt.errors import UserError
+from dt.files import opened, under, write_atomically
 from dt.language.clusters import CLUSTERS, cluster_centres
 from dt.language.hub import downloaded
 from dt.model.architecture import Activation, Architecture
-from dt.model.policy import trunk_shapes, write_atomically
+from dt.model.policy import trunk_shapes
 from dt.model.trunk import LAYER_NORM_EPS, Trunk
 
 FORMAT = "mergedt-language-1"
@@ -120,7 +119,7 @@ class LanguageNetwork(nn.Module):
         state = {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
         return LanguageModel(
             self.architecture,
-            _under("trunk.", state),
+            under("trunk.", state),
             state["token_embedding"],
             state["position_embedding"],
             torch.zeros(0, self.architecture.width),
@@ -152,26 +151,15 @@ def save_language_model(model: LanguageModel, path: Path, metadata: Mapping[str,
 
 def load_language_model(path: Path) -> LanguageModel:
     """Read one. Raises UserError on a missing, truncated or foreign file; nothing is ever unpickled."""
-    if not path.is_file():
-        raise UserError(f"no language model at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise UserError(f"{path} is not a mergedt language model (its header lacks format={FORMAT!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return LanguageModel(
-                Architecture.model_validate_json(header["architecture"]),
-                _under("trunk.", tensors),
-                tensors["token_embedding"],
-                tensors["position_embedding"],
-                tensors["clusters"],
-                header["tokenizer"],
-            )
-    except (SafetensorError, KeyError, ValidationError) as error:
-        raise UserError(
-            f"{path} is truncated or corrupt ({error}): delete it and run the same command again"
-        ) from error
+    with opened(path, "language model", FORMAT) as (header, tensors):
+        return LanguageModel(
+            Architecture.model_validate_json(header["architecture"]),
+            under("trunk.", tensors),
+            tensors["token_embedding"],
+            tensors["position_embedding"],
+            tensors["clusters"],
+            header["tokenizer"],
+        )
 
 
 # --- Hugging Face's files ---------------------------------------------------------------------------------------------
@@ -260,7 +248,3 @@ def _tokenizer(folder: Path) -> str:
     if vocabulary.is_file() and merges.is_file():
         return str(ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str())
     return ""
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from dt.language.blocks import BLOCK, TextBlocks
 from dt.language.model import POSITIONS, LanguageModel, LanguageNetwork, next_token_loss
 from dt.language.tokenizer import Tokenizer
 from dt.model.architecture import Architecture
-from dt.training.loop import TrainingState, initialised
+from dt.training.loop import TrainingState, in_precision, initialised
 from dt.training.optimisation import Optimisation
 
 
@@ -43,8 +42,7 @@ class LanguageObjective:
         table = self._network.position_embedding
         batch = self._blocks.sample(self._optimisation.batch_size, len(table), rng)
         tokens, following, positions = (part.to(table.device) for part in batch)
-        low_precision = self._optimisation.precision == "bfloat16"
-        with torch.autocast(table.device.type, torch.bfloat16, enabled=low_precision):
+        with in_precision(self._optimisation, table.device):
             loss = next_token_loss(self._network(tokens, positions), following)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}

@@ -8,17 +8,17 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.func import functional_call, functionalize, grad, vmap
+from torch.func import functional_call, grad, vmap
 
 from dt.data.trajectories import Trajectories
 from dt.data.windows import Batch, Windows
 from dt.errors import UserError, unknown
+from dt.files import opened, write_atomically
 from dt.merging.merge import Fisher
 from dt.model.decision_transformer import DecisionTransformer
-from dt.model.policy import Policy, write_atomically
+from dt.model.policy import Policy
 from dt.tasks import get_task
 from dt.training.objective import action_loss, windows_of
 
@@ -90,7 +90,7 @@ def _of_task(
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
     count = 0
     for _ in range(batches):
-        batch = Batch(*(part.to(device) for part in windows.sample(batch_size, rng)))
+        batch = windows.sample(batch_size, rng, device)
         targets = _drawn(model(task, batch), rng) if variant == "exact" else batch.actions
         together = batch_size if variant == "batch" else 1
         samples = [part.reshape(-1, together, *part.shape[1:]) for part in (targets, *batch)]
@@ -112,8 +112,7 @@ def squared_gradients(
 
     samples: tensors whose first axis runs over the samples; `function` gets a sample without that axis, returns ().
     """
-    # functionalize: vmap cannot write a sample's values into a tensor that is the same for all, as the mask does
-    gradients = vmap(grad(functionalize(function)), in_dims=(None, *(0 for _ in samples)))
+    gradients = vmap(grad(function), in_dims=(None, *(0 for _ in samples)))
     at_once = max(1, AT_ONCE // sum(parameter.numel() for parameter in parameters.values()))
     total = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
     for part in zip(*(torch.split(sample, at_once) for sample in samples), strict=True):
@@ -139,14 +138,5 @@ def save_fisher(fisher: Fisher, path: Path, metadata: Mapping[str, str] | None =
 
 def load_fisher(path: Path) -> Fisher:
     """Read what `save_fisher` wrote. Raises UserError on a missing, truncated or foreign file."""
-    if not path.is_file():
-        raise UserError(f"no Fisher at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
-                raise UserError(f"{path} is not a mergedt Fisher (its header lacks format={FORMAT!r})")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is truncated or corrupt ({error}): delete it and run the same command again"
-        ) from error
+    with opened(path, "Fisher", FORMAT) as (_, tensors):
+        return tensors

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dt.errors import UserError, unknown
 from dt.merging.groups import parameters_of
+from dt.model.flat import flattened, unflattened
 from dt.model.policy import Policy
 from dt.model.trunk import Trunk
 
@@ -34,14 +35,7 @@ def merge(
     Raises UserError for fewer than two policies, different architectures, α outside [0, 1], α with more than two
     policies or with Fisher, policies whose tasks do not share one trunk, or an unknown group.
     """
-    if len(policies) < 2:
-        raise UserError(f"merging takes at least two policies, {len(policies)} given")
-    target = policies[0]
-    for policy in policies[1:]:
-        if policy.architecture != target.architecture:
-            raise UserError(f"cannot merge different architectures: {target.architecture} with {policy.architecture}")
-    if not all(policy.plain for policy in policies):
-        raise UserError("cannot merge policies whose tasks have trunk parameters or masks of their own")
+    target = _target(policies)
     if alpha is not None and (len(policies) != 2 or fisher is not None):
         raise UserError(
             f"alpha weighs a pair; {len(policies)} policies{' with Fisher' if fisher else ''} take their mean "
@@ -68,6 +62,44 @@ def merge(
         return (1 - alpha) * tensors[0] + alpha * tensors[1]
 
     return with_trunk(target, {name: combine(name) for name in names})
+
+
+def merge_many(policies: Sequence[Policy], group: str, weights: Sequence[Sequence[float]]) -> list[Policy]:
+    """Many mixtures of `group` of the same policies in one matrix product: Σ_p w_cp θ_p for each candidate c.
+
+    weights: (C, P), ≥ 0, each row adding up to 1; [[1 − α, α] for α in …] sweeps a pair. What `merge` gives one by one
+    but for the last bit; a row that takes one policy alone gives its parameters bit for bit. Everything else is the
+    first policy's. All candidates lie in memory, as views of one matrix: cut longer sweeps into pieces.
+
+    Raises UserError for policies that `merge` refuses, an unknown group, or other weights.
+    """
+    target, mix = _target(policies), torch.tensor(weights, dtype=torch.float64)
+    if mix.ndim != 2 or mix.shape[1] != len(policies) or not bool(((mix >= 0).all(1) & _adds_up(mix.sum(1))).all()):
+        raise UserError(f"weights are one row a candidate: {len(policies)} numbers ≥ 0, adding up to 1")
+    names = parameters_of(group, target.architecture)
+    shapes = {name: target.trunk[name].shape for name in names}
+    parameters = torch.stack([flattened(policy.trunk, shapes) for policy in policies])  # (P, E)
+    candidates = mix.float() @ parameters
+    for candidate, chosen in (mix == 1).nonzero().tolist():  # bit for bit: the product turns −0 into 0
+        candidates[candidate] = parameters[chosen]
+    return [with_trunk(target, unflattened(row, shapes)) for row in candidates]
+
+
+def _adds_up(total: Tensor) -> Tensor:
+    return (total - 1).abs() < 1e-6
+
+
+def _target(policies: Sequence[Policy]) -> Policy:
+    """The first policy. Raises UserError when they cannot be merged."""
+    if len(policies) < 2:
+        raise UserError(f"merging takes at least two policies, {len(policies)} given")
+    target = policies[0]
+    for policy in policies[1:]:
+        if policy.architecture != target.architecture:
+            raise UserError(f"cannot merge different architectures: {target.architecture} with {policy.architecture}")
+    if not all(policy.plain for policy in policies):
+        raise UserError("cannot merge policies whose tasks have trunk parameters or masks of their own")
+    return target
 
 
 def _weighs(fisher: Fisher, tensor: Tensor, name: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dt.errors import UserError
+from dt.files import opened, write_atomically
 from dt.merging.groups import trunk_parameters
 from dt.model.architecture import Architecture
 
@@ -108,34 +105,8 @@ def save_policy(policy: Policy, path: Path, metadata: Mapping[str, str] | None =
 
 def load_policy(path: Path) -> Policy:
     """Read a policy. Raises UserError on a missing, truncated or foreign file; nothing is ever unpickled."""
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise UserError(f"{path} is not a mergedt policy (its header lacks format={FORMAT!r})")
-            architecture = Architecture.model_validate_json(header["architecture"])
-            return _unflat({name: file.get_tensor(name) for name in file.keys()}, architecture)  # noqa: SIM118
-    except (SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is truncated or corrupt ({error}): delete it and run the same command again"
-        ) from error
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename. Raises UserError when the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with opened(path, "policy", FORMAT) as (header, tensors):
+        return _unflat(tensors, Architecture.model_validate_json(header["architecture"]))
 
 
 def _flat(policy: Policy) -> dict[str, Tensor]:

@@ -131,5 +131,4 @@ def attention_bias(real: Tensor, dtype: torch.dtype) -> Tensor:
     tokens = real.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=real.device).tril()
     visible = causal & (real[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=real.device))
-    bias = torch.zeros(visible.shape, dtype=dtype, device=real.device)
-    return bias.masked_fill_(~visible, -1e9)[:, None]
+    return ((visible.to(dtype) - 1) * 1e9)[:, None]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from dt.errors import UserError
-from dt.model.policy import Policy, write_atomically
+from dt.files import write_atomically
+from dt.model.policy import Policy
 from dt.rollout.actor import Actor, Stack
 from dt.tasks import Task
 

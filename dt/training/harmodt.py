@@ -20,15 +20,16 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 from dt.data.trajectories import Trajectories
-from dt.data.windows import Batch, Windows
+from dt.data.windows import Windows
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
+from dt.model.flat import flattened, unflattened
 from dt.model.policy import Policy
 from dt.tasks import get_task
 from dt.training import masks
 from dt.training.harmony import Harmony
-from dt.training.loop import TrainingState
-from dt.training.objective import action_loss, fresh_model
+from dt.training.loop import TrainingState, in_precision
+from dt.training.objective import action_loss, begun, fresh_model
 from dt.training.optimisation import Optimisation
 
 
@@ -114,7 +115,7 @@ class HarmonyObjective:
         """The policy as it stands: dense trunk, heads and masks."""
         shapes = masks.masked_shapes(self._model.architecture)
         kept = zip(self._tasks, self._module.kept.cpu().clone(), strict=True)
-        return replace(self._model.policy(), masks={task: masks.unflattened(flat, shapes) for task, flat in kept})
+        return replace(self._model.policy(), masks={task: unflattened(flat, shapes) for task, flat in kept})
 
     def diagnostics(self) -> dict[str, float]:
         """`masks.mask_statistics`, and `negative_agreement/<task>`: the share of kept entries at odds with the others.
@@ -133,7 +134,7 @@ class HarmonyObjective:
         return {name: parameter for name, parameter in self._model.named_parameters() if name.startswith(own)}
 
     def _kept(self, task: str) -> dict[str, Tensor]:
-        return masks.unflattened(self._module.kept[self._tasks.index(task)], self._shapes)
+        return unflattened(self._module.kept[self._tasks.index(task)], self._shapes)
 
     def _gradients(self, task: str, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss on a fresh batch, and by parameter its gradient at what the task sees: not zero where that is masked."""
@@ -142,8 +143,8 @@ class HarmonyObjective:
         for name, mask in self._kept(task).items():
             seen[name] = (parameters[name].detach() * mask).requires_grad_()
         device = self._module.kept.device
-        batch = Batch(*(part.to(device) for part in self._windows[task].sample(self._optimisation.batch_size, rng)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._optimisation.precision == "bfloat16"):
+        batch = self._windows[task].sample(self._optimisation.batch_size, rng, device)
+        with in_precision(self._optimisation, device):
             loss = action_loss(functional_call(self._model, seen, (task, batch)), batch)
         return loss.detach(), dict(zip(seen, torch.autograd.grad(loss, list(seen.values())), strict=True))
 
@@ -153,7 +154,7 @@ class HarmonyObjective:
         dense = torch.stack([self._mean_gradient(task, rng) for task in self._tasks])
         self._model.train()
         masked = dense * kept  # what moves a weight; to take one up, what would move it counts instead
-        weights = masks.flattened({name: p.detach() for name, p in self._model.named_parameters()}, self._shapes)
+        weights = flattened({name: p.detach() for name, p in self._model.named_parameters()}, self._shapes)
         at_odds = (masks.agreement(masked) < 0).sum(dim=1) / kept.sum(dim=1)  # a masked entry's agreement is 0
         self._module.negative.copy_(at_odds)
         kept.copy_(masks.swapped(kept, worth(self._harmony, masked, weights), masks.agreement(dense), count))
@@ -165,7 +166,7 @@ class HarmonyObjective:
             _, gradients = self._gradients(task, rng)
             if self._harmony.scoring == "training":
                 gradients = _clipped(gradients, self._optimisation.clip_norm)
-            total += masks.flattened(gradients, self._shapes)
+            total += flattened(gradients, self._shapes)
         return total / self._harmony.score_batches
 
 
@@ -207,19 +208,12 @@ def train_harmodt(
     for task in tasks:
         data[task.name].validate(task)
     model = fresh_model(tasks, architecture, optimisation, seed)
-    windows = {}
     for task in tasks:
-        head = model.head(task.name)
-        head.look_at(data[task.name])
-        windows[task.name] = Windows.of(data[task.name], task, architecture.context, head.statistics())
+        model.head(task.name).look_at(data[task.name])
     kept = masks.drawn(masks.masked_shapes(architecture), harmony.sparsity, len(tasks), seed)
-    objective = HarmonyObjective(model, windows, optimisation, harmony, kept)
-    objective.module.to(device)
-    described = {
-        "tasks": "+".join(data),
-        "data": "+".join(trajectories.content_hash for trajectories in data.values()),
-        "architecture": architecture.model_dump_json(),
-        "harmony": harmony.model_dump_json(),
-        **(identity or {}),
-    }
-    return TrainingState(objective, optimisation, seed, described, device)
+
+    def objective(windows: Mapping[str, Windows]) -> HarmonyObjective:
+        return HarmonyObjective(model, windows, optimisation, harmony, kept)
+
+    described = {"harmony": harmony.model_dump_json(), **(identity or {})}
+    return begun(model, data, optimisation, seed, objective, described, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dt.errors import UserError
-from dt.model.policy import write_atomically
+from dt.files import under, write_atomically
 from dt.training.optimisation import Optimisation
 
 R_co = TypeVar("R_co", covariant=True)
@@ -103,7 +103,11 @@ def run(state: TrainingState[R], *, resume: Path | None = None, log_every: int =
 
 
 class TrainingState(Generic[R]):
-    """A training run at one step: parameters, optimiser, sampler and random numbers."""
+    """A training run at one step.
+
+    step: updates taken; sampler: draws the windows; random: torch's random numbers, for dropout; optimiser: AdamW over
+    all that is trained. Whoever advances a run by other means (`together`) leaves all four as `advance` would.
+    """
 
     def __init__(
         self,
@@ -120,13 +124,13 @@ class TrainingState(Generic[R]):
         self.metrics: dict[str, float] = {}
         self._identity = {**identity, "optimisation": optimisation.model_dump_json(), "seed": str(seed)}
         seeds = Seeds.of(seed)
-        self._sampler = np.random.Generator(np.random.PCG64(seeds.sampler))
-        with _forked_rng(self.device):
+        self.sampler = np.random.Generator(np.random.PCG64(seeds.sampler))
+        with forked_rng(self.device):
             torch.manual_seed(seeds.dropout)
-            self._random = _rng_state(self.device)
+            self.random = rng_state(self.device)
         self._module = objective.module.train()
         self._trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._optimiser = torch.optim.AdamW(
+        self.optimiser = torch.optim.AdamW(
             self._trained.values(), lr=0.0, weight_decay=optimisation.weight_decay, fused=True
         )
 
@@ -142,34 +146,38 @@ class TrainingState(Generic[R]):
     def advance(self, steps: int) -> None:
         """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds."""
         began, found = time.perf_counter(), dict[str, list[float]]()
-        with _forked_rng(self.device):
-            _set_rng_state(self.device, self._random)
+        with forked_rng(self.device):
+            set_rng_state(self.device, self.random)
             for _ in range(steps):
                 for name, value in self._update().items():
                     found.setdefault(name, []).append(value)
-            self._random = _rng_state(self.device)
+            self.random = rng_state(self.device)
+        self.measure(found, self._gradient_norm, time.perf_counter() - began)
+
+    def measure(self, losses: Mapping[str, Sequence[float]], gradient_norm: float, seconds: float) -> None:
+        """Set `metrics` to those of the steps just taken. losses: by name, one each step; seconds: of them all."""
         self.metrics = {
             "step": self.step,
-            **{name: sum(values) / len(values) for name, values in found.items()},
-            "gradient_norm": self._gradient_norm,
+            **{name: sum(values) / len(values) for name, values in losses.items()},
+            "gradient_norm": gradient_norm,
             "learning_rate": learning_rate(self.optimisation, self.step - 1),
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
         }
 
     def _update(self) -> dict[str, float]:
-        self._optimiser.zero_grad(set_to_none=True)
-        losses = {name: loss.item() for name, loss in self.objective.backward(self.step, self._sampler).items()}
+        self.optimiser.zero_grad(set_to_none=True)
+        losses = {name: loss.item() for name, loss in self.objective.backward(self.step, self.sampler).items()}
         if not math.isfinite(losses["loss"]):
             raise NotFiniteLossError(
                 f"the loss of {self.objective.name} became {losses['loss']} at step {self.step + 1}: lower the "
                 f"learning rate (now {self.optimisation.learning_rate:g}) or lengthen the warm-up; the last good "
                 "checkpoint is kept"
             )
-        for group in self._optimiser.param_groups:
+        for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.optimisation, self.step)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.optimisation.clip_norm)
-        self._optimiser.step()
-        self.objective.updated(self.step, self._sampler)
+        self.optimiser.step()
+        self.objective.updated(self.step, self.sampler)
         self._gradient_norm = norm.item()
         self.step += 1
         return losses
@@ -177,11 +185,11 @@ class TrainingState(Generic[R]):
     def save(self, path: Path) -> None:
         """Write all that the next step depends on, atomically, as safetensors."""
         tensors = {f"module.{name}": tensor.detach().cpu() for name, tensor in self._module.state_dict().items()}
-        tensors |= {f"random.{index}": state for index, state in enumerate(self._random)}
+        tensors |= {f"random.{index}": state for index, state in enumerate(self.random)}
         for name, parameter in self._trained.items():
-            for key, moment in self._optimiser.state[parameter].items():
+            for key, moment in self.optimiser.state[parameter].items():
                 tensors[f"optimiser.{name}.{key}"] = moment.detach().cpu()
-        progress = {"step": self.step, "sampler": self._sampler.bit_generator.state}
+        progress = {"step": self.step, "sampler": self.sampler.bit_generator.state}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_atomically(path, save(contiguous, self._identity | {"progress": json.dumps(progress)}))
 
@@ -200,28 +208,31 @@ class TrainingState(Generic[R]):
             raise UserError(f"the checkpoint {path} cannot be read ({error}): delete it to start over") from error
         progress: dict[str, Any] = json.loads(header["progress"])
         self.step = progress["step"]
-        self._sampler.bit_generator.state = progress["sampler"]
-        self._random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
-        self._module.load_state_dict(_under("module.", tensors))
+        self.sampler.bit_generator.state = progress["sampler"]
+        self.random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
+        self._module.load_state_dict(under("module.", tensors))
         for name, parameter in self._trained.items():
-            moments = _under(f"optimiser.{name}.", tensors)
-            self._optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}
+            moments = under(f"optimiser.{name}.", tensors)
+            self.optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def in_precision(optimisation: Optimisation, device: torch.device) -> torch.autocast:
+    """For the forward pass: matrix products in the precision of the recipe."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=optimisation.precision == "bfloat16")
 
 
-def _forked_rng(device: torch.device) -> Any:
+def forked_rng(device: torch.device) -> Any:
     """Leaves the process's random numbers as they were."""
     return torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else [])
 
 
-def _rng_state(device: torch.device) -> list[Tensor]:
+def rng_state(device: torch.device) -> list[Tensor]:
+    """The process's random numbers as they stand: the CPU's, and the device's own."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _set_rng_state(device: torch.device, state: list[Tensor]) -> None:
+def set_rng_state(device: torch.device, state: list[Tensor]) -> None:
+    """Go on from what `rng_state` gave."""
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)

@@ -7,7 +7,6 @@ Scores and gradients of those entries have the same layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from dt.errors import UserError
 from dt.model.architecture import Architecture
+from dt.model.flat import Shapes, entries, flattened
 from dt.model.policy import Policy, trunk_shapes
-
-Shapes = Mapping[str, Sequence[int]]
 
 
 def masked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -28,22 +26,6 @@ def masked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     never have an effect, the latter delete whole features of a task.
     """
     return {name: shape for name, shape in trunk_shapes(architecture).items() if len(shape) == 2}
-
-
-def entries(shapes: Shapes) -> int:
-    """E, the number of entries of all matrices together."""
-    return sum(map(math.prod, shapes.values()))
-
-
-def flattened(tensors: Mapping[str, Tensor], shapes: Shapes) -> Tensor:
-    """Those of the tensors that `shapes` names, end to end: (E,)."""
-    return torch.cat([tensors[name].flatten() for name in shapes])
-
-
-def unflattened(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    """The inverse of `flattened`: (E,) → views by name."""
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def erk_densities(shapes: Shapes, sparsity: float) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer, Prediction
 from dt.model.policy import Policy, trunk_shapes
 from dt.tasks import Task, get_task
-from dt.training.loop import TrainingState, initialised
+from dt.training.loop import Objective, TrainingState, in_precision, initialised
 from dt.training.optimisation import Optimisation
 
 
@@ -53,8 +54,8 @@ class ActionObjective:
         optimisation: Optimisation,
         auxiliaries: Sequence[Auxiliary] = (),
     ) -> None:
-        self._model, self._windows, self._optimisation = model, windows, optimisation
-        self._auxiliaries = tuple(auxiliaries)
+        self.model, self.windows, self.auxiliaries = model, windows, tuple(auxiliaries)
+        self._optimisation = optimisation
         self._module = nn.ModuleDict(
             {"model": model, "auxiliaries": nn.ModuleList(cast(nn.Module, each) for each in auxiliaries)}
         )
@@ -62,7 +63,7 @@ class ActionObjective:
     @property
     def name(self) -> str:
         """The tasks."""
-        return " and ".join(self._windows)
+        return " and ".join(self.windows)
 
     @property
     def module(self) -> nn.Module:
@@ -71,20 +72,19 @@ class ActionObjective:
 
     def backward(self, step: int, rng: np.random.Generator) -> Mapping[str, Tensor]:
         """One batch of each task."""
-        device = next(self._model.parameters()).device
-        low_precision = self._optimisation.precision == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+        device = next(self.model.parameters()).device
+        with in_precision(self._optimisation, device):
             seen: dict[str, tuple[Batch, Prediction]] = {}
-            for task, windows in self._windows.items():
-                batch = Batch(*(part.to(device) for part in windows.sample(self._optimisation.batch_size, rng)))
-                seen[task] = batch, self._model.predict(task, batch)
+            for task, windows in self.windows.items():
+                batch = windows.sample(self._optimisation.batch_size, rng, device)
+                seen[task] = batch, self.model.predict(task, batch)
             actions = {task: action_loss(prediction.actions, batch) for task, (batch, prediction) in seen.items()}
             loss = _sum(actions.values())
             parts = {f"loss_{task}": part for task, part in actions.items()} if len(actions) > 1 else {}
-            for auxiliary in self._auxiliaries:
+            for auxiliary in self.auxiliaries:
                 weight = auxiliary.weight(step)
                 if weight:
-                    parts[auxiliary.name] = auxiliary.loss(self._model, seen, rng)
+                    parts[auxiliary.name] = auxiliary.loss(self.model, seen, rng)
                     loss = loss + weight * parts[auxiliary.name]
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
@@ -94,7 +94,7 @@ class ActionObjective:
 
     def result(self) -> Policy:
         """The policy as it stands."""
-        return self._model.policy()
+        return self.model.policy()
 
 
 def train(
@@ -129,7 +129,8 @@ def train(
             with torch.no_grad():
                 head.embed_timestep.weight.copy_(timesteps[: task.horizon])
         head.look_at(data[task.name])
-    return _state(model, data, optimisation, seed, auxiliaries, identity or {}, device)
+    objective = partial(ActionObjective, model, optimisation=optimisation, auxiliaries=auxiliaries)
+    return begun(model, data, optimisation, seed, objective, identity or {}, device)
 
 
 def fresh_model(
@@ -178,25 +179,30 @@ def fine_tune(
         parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError("nothing is left to fine-tune: all parameters are frozen")
-    return _state(model, data, optimisation, seed, auxiliaries, identity or {}, device)
+    objective = partial(ActionObjective, model, optimisation=optimisation, auxiliaries=auxiliaries)
+    return begun(model, data, optimisation, seed, objective, identity or {}, device)
 
 
-def _state(
+def begun(
     model: DecisionTransformer,
     data: Mapping[str, Trajectories],
     optimisation: Optimisation,
     seed: int,
-    auxiliaries: Sequence[Auxiliary],
+    objective_of: Callable[[Mapping[str, Windows]], Objective[Policy]],
     identity: Mapping[str, str],
     device: str,
 ) -> TrainingState[Policy]:
+    """A model's training at its first step. objective_of: what to train it by, given the windows of its data.
+
+    Raises UserError for no data.
+    """
     if not data:
         raise UserError("training takes the data of at least one task")
     windows = {
         name: Windows.of(trajectories, get_task(name), model.architecture.context, model.head(name).statistics())
         for name, trajectories in data.items()
     }
-    objective = ActionObjective(model, windows, optimisation, auxiliaries)
+    objective = objective_of(windows)
     objective.module.to(device)
     described = {
         "tasks": "+".join(data),
