@@ -60,7 +60,7 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
         for name, policies in crowd.items():
             actions = 25 * short.horizon * len(policies)
             ours = partial(evaluate, policies, short, episodes=25, seed=0, precision=precision)
-            seconds = interleaved({"ours": ours, "literal": partial(literal.act, 60)}, rounds)
+            seconds = interleaved({"ours": ours, "literal": partial(literal.episode, 0, 60)}, rounds)
             floor = ACTION_FLOP / product_rate(dtype, 25 * TOKENS)
             yield Measurement(
                 f"action, {precision}, {name}", "action", seconds["ours"] / actions, seconds["literal"] / 60, floor

@@ -5,7 +5,9 @@ Written anew from its description (facts §2, §3, §9), not copied; the trunk i
 
 from __future__ import annotations
 
+import json
 from collections import deque
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from dt.data.trajectories import Trajectories
+from dt.files import under
 from dt.model.architecture import Architecture
+from dt.model.policy import Policy
 from dt.tasks import Task
 
 SCALE, CONTEXT, HORIZON = 1000.0, 20, 1000
@@ -56,7 +60,8 @@ class LiteralTraining:
     def __init__(self, task: Task, data: Trajectories, architecture: Architecture, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = LiteralModel(task, architecture)
-        self._rng, self._data = np.random.default_rng(seed), data
+        self._task, self._architecture = task, architecture
+        self._rng, self._data, self.steps = np.random.default_rng(seed), data, 0
         self._optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=1e-4)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, lambda step: min((step + 1) / 10_000, 1))
         self._episodes = [slice(a, b) for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
@@ -64,6 +69,7 @@ class LiteralTraining:
 
     def step(self) -> None:
         """Sample, forward, backward, clip, update."""
+        self.model.train()
         states, actions, rtg, timesteps, mask = self._batch(64)
         predicted = self.model(states, actions, rtg, timesteps, mask)
         loss = ((predicted[mask > 0] - actions[mask > 0]) ** 2).mean()
@@ -73,6 +79,31 @@ class LiteralTraining:
         self._optimiser.step()
         self._schedule.step()
         loss.item()
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, but for dropout's random numbers."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"steps": self.steps, "sampler": json.dumps(self._rng.bit_generator.state)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.steps, self._rng.bit_generator.state = state["steps"], json.loads(state["sampler"])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimiser": self._optimiser, "schedule": self._schedule}
+
+    def policy(self) -> Policy:
+        """What has been trained so far as one of our policies: the names are GPT-2's and our head's."""
+        state = {name.replace("predict_action.0.", "predict_action."): t for name, t in self.model.state_dict().items()}
+        trunk = {name: tensor.clone() for name, tensor in under("trunk.", state).items() if name != "wpe.weight"}
+        head = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("trunk.")}
+        statistics = {"state_mean": torch.from_numpy(self._mean), "state_std": torch.from_numpy(self._std)}
+        best = torch.tensor(float(self._data.returns.max()))
+        trunk.pop("wte.weight")  # nor does the original use it
+        return Policy(self._architecture, trunk, {self._task.name: {**head, **statistics, "best_return": best}})
 
     def _batch(self, size: int) -> tuple[Tensor, ...]:
         lengths = np.array([episode.stop - episode.start for episode in self._episodes])
@@ -99,28 +130,27 @@ class LiteralEvaluation:
 
     def __init__(self, task: Task, model: LiteralModel, data: Trajectories) -> None:
         self._task, self._model, self._mean, self._std = task, model.eval(), data.state_mean, data.state_std
+        self._wanted = float(data.returns.max())
         self._environment = gymnasium.make(task.environment)
 
     @torch.no_grad()
-    def act(self, steps: int, seed: int = 0) -> int:
-        """Roll out until so many actions have been taken, over as many episodes as it takes; returns their number."""
-        taken = 0
-        while taken < steps:
-            observation, _ = self._environment.reset(seed=seed)
-            history: deque[tuple[Tensor, Tensor, Tensor, int]] = deque(maxlen=CONTEXT)
-            wanted, ended, time = self._task.target_return, False, 0
-            while not ended and taken < steps:
-                state = torch.from_numpy((observation - self._mean) / self._std).float()
-                history.append((state, torch.zeros(self._task.action_dim), torch.tensor([wanted / SCALE]), time))
-                states, actions, rtg, times = zip(*history, strict=True)
-                predicted = self._model(
-                    torch.stack(states)[None], torch.stack(actions)[None], torch.stack(rtg)[None].float(),
-                    torch.tensor(times)[None].clamp(max=HORIZON - 1), torch.ones(1, len(times)),
-                )  # fmt: skip
-                action = predicted[0, -1]
-                history[-1] = (history[-1][0], action, *history[-1][2:])
-                observation, reward, terminated, truncated, _ = self._environment.step(action.numpy())
-                wanted, time, taken = wanted - float(reward), time + 1, taken + 1
-                ended = terminated or truncated
-            seed += 1
-        return taken
+    def episode(self, seed: int, steps: int = HORIZON) -> float:
+        """The undiscounted return of one episode, or of its first steps."""
+        observation, _ = self._environment.reset(seed=seed)
+        history: deque[tuple[Tensor, Tensor, Tensor, int]] = deque(maxlen=CONTEXT)
+        wanted = self._wanted
+        for time in range(steps):
+            state = torch.from_numpy((observation - self._mean) / self._std).float()
+            history.append((state, torch.zeros(self._task.action_dim), torch.tensor([wanted / SCALE]), time))
+            states, actions, rtg, times = zip(*history, strict=True)
+            predicted = self._model(
+                torch.stack(states)[None], torch.stack(actions)[None], torch.stack(rtg)[None].float(),
+                torch.tensor(times)[None].clamp(max=HORIZON - 1), torch.ones(1, len(times)),
+            )  # fmt: skip
+            action = predicted[0, -1]
+            history[-1] = (history[-1][0], action, *history[-1][2:])
+            observation, reward, terminated, truncated, _ = self._environment.step(action.numpy())
+            wanted -= float(reward)
+            if terminated or truncated:
+                break
+        return self._wanted - wanted
