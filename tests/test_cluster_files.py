@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
@@ -72,6 +74,103 @@ def test_images_carry_the_pinned_ray() -> None:
     assert f":{pins['ray']}-" in read("cluster.yaml")["docker"]["image"]
     assert kubernetes()["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
     assert f"rayproject/ray:{pins['ray']}-" in (ROOT / "cluster-kuberay.yaml").read_text()
+
+
+class _Strict(BaseModel):
+    """Kubernetes drops fields that it does not know without a word: a typing mistake is no error there, but is here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel)
+
+
+class _Variable(_Strict):
+    name: str
+    value: str
+
+
+class _Resources(_Strict):
+    requests: dict[Literal["cpu", "memory", "nvidia.com/gpu"], str]
+    limits: dict[Literal["cpu", "memory", "nvidia.com/gpu"], str]
+
+
+class _Mount(_Strict):
+    name: str
+    mount_path: str
+
+
+class _Container(_Strict):
+    name: str
+    image: str
+    env: list[_Variable]
+    resources: _Resources
+    volume_mounts: list[_Mount]
+
+
+class _Claim(_Strict):
+    claim_name: str
+
+
+class _Volume(_Strict):
+    name: str
+    persistent_volume_claim: _Claim
+
+
+class _Pod(_Strict):
+    containers: list[_Container]
+    volumes: list[_Volume]
+
+
+class _Template(_Strict):
+    spec: _Pod
+
+
+class _Head(_Strict):
+    ray_start_params: dict[str, str]
+    template: _Template
+
+
+class _Workers(_Head):
+    group_name: str
+    min_replicas: int = Field(ge=0)
+    max_replicas: int = Field(ge=0)
+
+
+class _Auth(_Strict):
+    mode: Literal["disabled", "token"]
+    secret_name: str
+
+
+class _Cluster(_Strict):
+    ray_version: str
+    enable_in_tree_autoscaling: bool
+    auth_options: _Auth
+    head_group_spec: _Head
+    worker_group_specs: list[_Workers]
+
+
+class _JobSpec(_Strict):
+    entrypoint: str
+    entrypoint_num_cpus: int | float
+    backoff_limit: int = Field(ge=0)
+    shutdown_after_job_finishes: bool
+    ttl_seconds_after_finished: int = Field(ge=0)
+    ray_cluster_spec: _Cluster
+
+
+class _RayJob(_Strict):
+    """The part of KubeRay's RayJob (API ray.io/v1) that the file uses, after its API reference."""
+
+    api_version: Literal["ray.io/v1"]
+    kind: Literal["RayJob"]
+    metadata: dict[Literal["name"], str]
+    spec: _JobSpec
+
+
+def test_on_kubernetes_every_field_is_one_of_rayjobs_own() -> None:
+    job = kubernetes()["RayJob"]
+    _RayJob.model_validate(job)
+    job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplica"] = 2
+    with pytest.raises(ValidationError, match="maxReplica"):
+        _RayJob.model_validate(job)
 
 
 def kubernetes() -> dict[str, Any]:
