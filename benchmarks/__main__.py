@@ -33,15 +33,20 @@ def main(
             raise unknown("benchmark", name, CASES)
     found = [measurement for name in cases or CASES for measurement in CASES[name](rounds)]
     console.print(table_of(found))
+    commit(found, started, rounds, results)
+
+
+def commit(found: list[Measurement], started: datetime, rounds: int, results: Path) -> None:
+    """Write the rows of one call."""
+    run = f"{started:%Y%m%dT%H%M%S}-{os.getpid()}"
     rows = [
         {
-            "run": f"{started:%Y%m%dT%H%M%S}-{os.getpid()}", "started": started, "rounds": rounds, "name": each.name,
-            "unit": each.unit, "seconds": each.ours, "literal_seconds": each.literal, "floor_seconds": each.floor,
-            **machine(),
+            "run": run, "started": started, "rounds": rounds, "name": each.name, "unit": each.unit,
+            "seconds": each.ours, "literal_seconds": each.literal, "floor_seconds": each.floor, **machine(),
         }
         for each in found
     ]  # fmt: skip
-    Tables(results / "tables").append("benchmarks", rows[0]["run"], pa.Table.from_pylist(rows, SCHEMAS["benchmarks"]))
+    Tables(results / "tables").append("benchmarks", run, pa.Table.from_pylist(rows, SCHEMAS["benchmarks"]))
 
 
 def table_of(found: list[Measurement]) -> Table:

@@ -22,7 +22,7 @@ from dt.tasks import get_task
 from dt.training.loop import TrainingState
 from dt.training.objective import train
 from dt.training.optimisation import Optimisation, Precision
-from dt.training.together import advance_together
+from dt.training.together import Crowd
 from orchestrator.plan import make_plan
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
 from orchestrator.store import Store
@@ -115,11 +115,12 @@ def together(rounds: int) -> Iterator[Measurement]:
                 state.advance(4)
 
         work: dict[str, Callable[[], object]] = {
-            "together": partial(advance_together, crowd, 4),
+            "together": partial(Crowd(crowd).advance, 4),
             "one by one": one_by_one,
         }
         seconds = {name: found / (4 * len(crowd)) for name, found in interleaved(work, rounds).items()}
-        yield Measurement(f"8 policies on {device}, {precision}", "step", seconds["together"], seconds["one by one"])
+        for name, each in seconds.items():
+            yield Measurement(f"8 policies {name} on {device}, {precision}", "step", each)
 
 
 def planning(rounds: int) -> Iterator[Measurement]:

@@ -69,10 +69,11 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = "make room and run the same command again, it continues where it stopped"
-            raise UserError(f"no space left to write {path}: {remedy}") from error
+            raise UserError(f"no space left to write {path}: make room and run the same command again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"may not write {path} ({error.strerror}): give another folder (--results)") from error
+            raise UserError(
+                f"may not write {path} ({error.strerror}): give another place (as with --results)"
+            ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"cannot write {path}: a file stands where a folder is needed") from error
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -98,7 +99,7 @@ def opened(path: Path, kind: str, form: str) -> Iterator[tuple[dict[str, str], d
             yield header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValidationError) as error:
         raise UserError(
-            f"{path} is truncated or corrupt ({error}): delete it and run the same command again"
+            f"{path} is truncated or corrupt ({error}): restore it, or delete it and run the same command again"
         ) from error
 
 

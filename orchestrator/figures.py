@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dt.files import write_atomically
 from orchestrator.answers import Answer, Cell
 from orchestrator.experiment import Figure, Label, Measure
 
@@ -26,12 +28,11 @@ AXES: dict[Measure, str] = {
 def spell(name: str, value: Label) -> str:
     """A label for a reader.
 
-    >>> spell("alpha", 0.5), spell("target", "hopper")
-    ('α = 0.5', 'hopper')
+    >>> spell("alpha", 0.5), spell("alpha", "mean"), spell("target", "hopper")
+    ('α = 0.5', 'α = mean', 'hopper')
     """
-    if name == "alpha":
-        return f"α = {value:g}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    said = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"α = {said}" if name == "alpha" else said
 
 
 def distinct(cells: tuple[Cell, ...], name: str | None) -> list[Label | None]:
@@ -62,10 +63,10 @@ def draw(answer: Answer, show: Figure, path: Path) -> None:
         row[0][0].set_ylim(bottom=min(0.0, row[0][0].get_ylim()[0]))  # all panels share it
         reference = f" ({answer.experiment.paper})" if answer.experiment.paper else ""
         figure.suptitle(f"{answer.experiment.title}{reference}", fontsize=12)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, metadata={"Software": "mergedt"})
+        figure.savefig(content := BytesIO(), format="png", dpi=120, metadata={"Software": "mergedt"})
     finally:
         pyplot.close(figure)
+    write_atomically(path, content.getvalue())
 
 
 def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list[Label | None]) -> None:

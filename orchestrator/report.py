@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
+from dt.errors import UserError
 from dt.files import write_atomically
 from orchestrator.answers import Answer, Cell, DataReturn, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
@@ -51,12 +52,15 @@ def data_return(store: Store) -> DataReturn:
 
 def _mean_return(dataset: Dataset, store: Store) -> float | None:
     from dt.behaviour.record import is_recorded  # Minari takes seconds to import, and most reports need no data
-    from dt.data.sources import load_imported, load_recorded
+    from orchestrator.making import load_dataset
 
     if isinstance(dataset, Recording):
         of = (dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
-        return float(load_recorded(*of).returns.mean()) if is_recorded(*of) else None
-    return float(load_imported(dataset.source, dataset.task).returns.mean())
+        return float(load_dataset(dataset, store).returns.mean()) if is_recorded(*of) else None
+    try:
+        return float(load_dataset(dataset, store).returns.mean())
+    except UserError:  # not at hand, or no longer the one it was
+        return None
 
 
 # --- text -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from dt.tasks import get_task
 from orchestrator.making import realise
@@ -32,6 +32,7 @@ Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
 
+MAX_TRIES = 3  # of a job, with a worker that answers no more; each of them lets Ray start its process three times
 RETRY_SECONDS = 5.0  # between two calls to a worker that does not answer
 
 # One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy
@@ -117,15 +118,17 @@ class RolloutPool:
 
     def __init__(self, weights: Mapping[str, Sent], worker: Any) -> None:
         self._weights, self._worker = weights, worker
-        self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if one could not start
+        self._idle: asyncio.Queue[Any] = asyncio.Queue()  # of workers; of an error, if none could start
+        self._living = 0  # workers that are idle, at work, or starting
         self._returning: set[asyncio.Task[None]] = set()  # kept: asyncio itself holds its tasks weakly
 
     async def recruit(self, workers: int) -> None:
         """Start so many workers. Each gets work as soon as it lives, so one that finds no CPU yet holds nothing up."""
+        self._living += workers
         await asyncio.gather(*(self._welcome(self._worker.remote()) for _ in range(workers)))
 
     async def _welcome(self, worker: Any) -> None:
-        """Give it work once it answers."""
+        """Give it work once it answers. The rest do without one that never will; the last one's error is everyone's."""
         try:
             while True:
                 with suppress(ActorUnavailableError):
@@ -133,13 +136,14 @@ class RolloutPool:
                     break
                 await asyncio.sleep(RETRY_SECONDS)
         except RayError as error:
-            self._idle.put_nowait(error)
+            self._living -= 1
+            if not self._living:
+                self._idle.put_nowait(error)
         else:
             self._idle.put_nowait(worker)
 
-    def _replace(self, worker: Any) -> None:
-        """End a worker that does not answer, so that Ray starts it afresh, here or elsewhere."""
-        ray.kill(worker, no_restart=False)
+    def _welcome_back(self, worker: Any) -> None:
+        """Welcome a worker whose process ended, once Ray has started it afresh, here or elsewhere."""
         task = asyncio.create_task(self._welcome(worker))
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
@@ -150,20 +154,32 @@ class RolloutPool:
         A worker that stands still, or cannot be reached, is no fault of the job: another one does it.
         """
         needed = {part.id: self._weights[part.id] for evaluation in job for part in ingredients(evaluation)}
-        while True:
+        failure: RayError | None = None
+        for _ in range(MAX_TRIES):
             worker = await self._idle.get()
-            try:
-                if isinstance(worker, RayError):
-                    raise worker
-                rows: list[Rows] = await worker.evaluate.remote(job, needed)
-            except ActorUnavailableError:
-                self._replace(worker)
-                continue
-            except RayError as error:
+            if isinstance(worker, RayError):  # there are no others
                 self._idle.put_nowait(worker)
-                return [Failure(evaluation.id, describe(evaluation), explain(error)) for evaluation in job]
-            self._idle.put_nowait(worker)
-            return rows
+                failure = worker
+                break
+            try:
+                rows: list[Rows] = await worker.evaluate.remote(job, needed)
+            except ActorUnavailableError as error:  # or it died again and again: Ray says the same of both
+                failure = error
+                ray.kill(worker, no_restart=False)
+                self._welcome_back(worker)
+            except RayTaskError as error:
+                failure = error
+                self._idle.put_nowait(worker)
+                break
+            except RayError as error:
+                failure = error
+                self._welcome_back(worker)
+                break
+            else:
+                self._idle.put_nowait(worker)
+                return rows
+        assert failure is not None
+        return [Failure(evaluation.id, describe(evaluation), explain(failure)) for evaluation in job]
 
 
 def jobs_of(line: Sequence[Evaluate]) -> list[Job]:

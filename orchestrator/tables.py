@@ -161,7 +161,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
         "benchmarks": TableSpec(
             _schema(
                 {
-                    "run": (TEXT, "one call of `make bench`"),
+                    "run": (TEXT, "one call of a benchmark"),
                     "name": (TEXT, "what was measured"),
                     "unit": (TEXT, "of work: a step, an action, …"),
                     "seconds": (REAL, "ours, for one unit: the median over the rounds"),

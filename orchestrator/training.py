@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,13 @@ if TYPE_CHECKING:
     from dt.training.loop import TrainingState
 
 LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
-MAX_FAILURES = 3  # workers that a recipe may lose between two checkpoints; a mistake of the user is not tried again
+MAX_FAILURES = 3  # workers that a recipe may lose between two checkpoints
+MAX_ATTEMPTS = 10  # at a recipe in one run, checkpoints or not; a mistake of the user is not tried again
 PROGRESS_SECONDS = 2.0
+DEATH = "the death of its worker, for want of memory perhaps"
+NOT_BEGUN = "it was not begun, others kept the workers from it: run the same command again"
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
-_STATE, _LOG, _PROGRESS, _ENDS = "state.safetensors", "log.json", "progress.json", "ends.json"
+_STATE, _LOG, _PROGRESS, _ATTEMPTS = "state.safetensors", "log.json", "progress.json", "attempts.json"
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a helper process of 120 MB for each run
@@ -103,7 +106,7 @@ def train_all(
     lanes = [tuple(recipe.model_dump_json() for recipe in lane) for lane in lanes_of(recipes, slots.count)]
     work = [asdict(Lane(lane, str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds)) for lane in lanes]
     for recipe in recipes:  # another run, another try
-        (store.training_path(recipe) / _ENDS).unlink(missing_ok=True)
+        (store.training_path(recipe) / _ATTEMPTS).unlink(missing_ok=True)
     look()  # once before it is timed, for what it imports
     cadence = _Cadence(PROGRESS_SECONDS)
     launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
@@ -216,14 +219,16 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
         run_config=RunConfig(
             name=recipes[0].id,
             storage_path=str(Store(Path(work.results)).scratch),
-            failure_config=FailureConfig(max_failures=(MAX_FAILURES + 1) * len(recipes)),
+            failure_config=FailureConfig(max_failures=(MAX_ATTEMPTS + 1) * len(recipes)),  # the recipes' own come first
         ),
     )
     try:
         errors = trainer.fit().return_value  # type: ignore[attr-defined]
     except TrainingFailedError as failure:
         causes = getattr(failure, "worker_failures", {})
-        errors = dict.fromkeys((recipe.id for recipe in recipes), explain(next(iter(causes.values()), failure)))
+        reason = explain(next(iter(causes.values()), failure))
+        attempts = {recipe.id: _Attempts.read(Store(Path(work.results)), recipe) for recipe in recipes}
+        errors = {recipe: each.mistake or (reason if each.count else NOT_BEGUN) for recipe, each in attempts.items()}
     except Exception as failure:
         # The controller died (of memory, say). Without a dashboard its CPUs are never given back and other trainings
         # might wait for them for ever: the run ends, and with it the embedded Ray.
@@ -247,7 +252,7 @@ def train_lane(config: dict[str, Any]) -> dict[str, str]:
         if store.has(recipe) or store.finished(recipe):
             continue
         try:
-            with _counted(store.training_path(recipe) / _ENDS):
+            with _attempt(recipe, store):
                 _train(recipe, store, work)
         except UserError as error:
             errors[recipe.id] = str(error)
@@ -277,7 +282,7 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
             with cadence.measured():
                 write_atomically(folder / _LOG, log.to_json())  # first: `_Log.add` drops what is ahead of the state
                 state.save(folder / _STATE)
-                (folder / _ENDS).unlink(missing_ok=True)
+                replace(_Attempts.read(store, recipe), ends=()).write(store, recipe)
     made = finish(recipe, begun.result())
     ran = run_row(
         recipe, log.started, log.seconds, threads=work.threads, precision=recipe.optimisation.precision, gpu=gpu
@@ -286,25 +291,51 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
     store.save_trained(recipe, made, {"metrics": log.metrics, "size": size, "run": ran})
 
 
-@contextmanager
-def _counted(file: Path) -> Iterator[None]:
-    """Note in a file why the block ended early, time after time; a death leaves what was noted before it.
+@dataclass(frozen=True)
+class _Attempts:
+    """What became of the attempts at a recipe in this run; kept in its folder, for a lane outlives its workers."""
 
-    Raises UserError when that was too often: it is this recipe that kills the workers, and others wait.
+    count: int = 0
+    ends: tuple[str, ...] = ()  # why those since the last checkpoint ended
+    mistake: str | None = None  # of the user
+
+    @classmethod
+    def read(cls, store: Store, recipe: Job) -> _Attempts:
+        file = store.training_path(recipe) / _ATTEMPTS
+        if not file.is_file():
+            return cls()
+        saved: dict[str, Any] = json.loads(file.read_text())
+        return cls(saved["count"], tuple(saved["ends"]), saved["mistake"])
+
+    def write(self, store: Store, recipe: Job) -> None:
+        write_atomically(store.training_path(recipe) / _ATTEMPTS, json.dumps(asdict(self)).encode())
+
+
+@contextmanager
+def _attempt(recipe: Job, store: Store) -> Iterator[None]:
+    """Keep the books of one attempt; of a death, what was written before it stays.
+
+    Raises UserError for a mistake that an earlier attempt met, and when the recipe has killed too many workers: others
+    wait for theirs.
     """
-    ends: list[str] = json.loads(file.read_text()) if file.is_file() else []
-    if len(ends) > MAX_FAILURES:
-        raise UserError(f"it was begun {len(ends)} times, the last time ended by {ends[-1]}")
-    write_atomically(file, json.dumps([*ends, "the death of its worker, for want of memory perhaps"]).encode())
+    before = _Attempts.read(store, recipe)
+    if before.mistake is not None:
+        raise UserError(before.mistake)
+    if len(before.ends) > MAX_FAILURES or before.count >= MAX_ATTEMPTS:
+        last = before.ends[-1] if before.ends else DEATH
+        raise UserError(f"it was begun {before.count} times, the last time ended by {last}")
+    begun = replace(before, count=before.count + 1, ends=(*before.ends, DEATH))
+    begun.write(store, recipe)
     try:
         yield
-    except UserError:
-        file.unlink(missing_ok=True)
+    except UserError as error:
+        replace(begun, mistake=str(error)).write(store, recipe)
         raise
     except Exception as error:
-        write_atomically(file, json.dumps([*ends, explain(error)]).encode())
+        now = _Attempts.read(store, recipe)  # fewer ends, if there was a checkpoint
+        replace(now, ends=(*now.ends[:-1], explain(error))).write(store, recipe)
         raise
-    file.unlink(missing_ok=True)
+    (store.training_path(recipe) / _ATTEMPTS).unlink(missing_ok=True)
 
 
 def _note(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from rich.console import Console
 from toy import ARCHITECTURE, OPTIMISATION, TASKS, evaluation, everything, expert, merged, recording, shared, sweep
@@ -31,14 +32,14 @@ from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
 from orchestrator.progress import phase
-from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Train, closure
-from orchestrator.rollouts import jobs_of
+from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Train, closure, ingredients
+from orchestrator.rollouts import Job, RolloutPool, jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
 from orchestrator.sweeps import bundles_of, lines_of
 from orchestrator.tables import Tables
-from orchestrator.training import LOG_EVERY, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
+from orchestrator.training import LOG_EVERY, MAX_ATTEMPTS, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
 
 ROOT = Path(__file__).parents[1]
 QUIET = Console(file=io.StringIO())
@@ -227,10 +228,23 @@ def test_a_recipe_that_kills_its_workers_stops_no_other(tmp_path):
     deadly, other = expert("hopper", steps=5), expert("walker2d", steps=5)
     config, store = lane(tmp_path, deadly, other), Store(tmp_path)
     store.training_path(deadly).mkdir(parents=True)
-    (store.training_path(deadly) / "ends.json").write_text(json.dumps(["a death"] * (MAX_FAILURES + 1)))
-    assert train_lane(config) == {deadly.id: "it was begun 4 times, the last time ended by a death"}
-    assert store.finished(other)
-    assert not store.finished(deadly)
+    for count, ends in ((4, ["a death"] * (MAX_FAILURES + 1)), (MAX_ATTEMPTS, ["a death"])):  # or between checkpoints
+        attempts = {"count": count, "ends": ends, "mistake": None}
+        (store.training_path(deadly) / "attempts.json").write_text(json.dumps(attempts))
+        assert train_lane(config) == {deadly.id: f"it was begun {count} times, the last time ended by a death"}
+        assert store.finished(other)
+        assert not store.finished(deadly)
+
+
+def test_a_mistake_of_the_user_is_told_again_and_not_tried_again(tmp_path):
+    """As when another recipe of the lane kills the worker: the lane begins anew."""
+    wild = expert("hopper", learning_rate=1e30, warmup_steps=0)
+    config = lane(tmp_path, wild)
+    (told,) = train_lane(config).values()
+    assert told.startswith(("the loss of hopper became", "the gradient of hopper became"))
+    recorded = next(Store(tmp_path).datasets.glob("**/data"))
+    recorded.rename(recorded.with_name("gone"))  # to begin would be another error
+    assert train_lane(config) == {wild.id: told}
 
 
 def test_an_unforeseen_error_is_tried_again_and_then_told(tmp_path):
@@ -348,3 +362,55 @@ def test_the_token_is_made_for_its_owner_alone(tmp_path):
     assert (
         len(authenticated("/proc/no/home")["RAY_AUTH_TOKEN"]) == 64
     )  # in many containers there is no home to write to
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pool_does_without_the_worker_that_cannot_start_and_the_job_that_kills_it(tmp_path):
+    """Of three workers one never lives; one job ends whatever process takes it: all others get their rows."""
+    deadly, *others = sweep()
+    died = tmp_path / "died"
+
+    @ray.remote(num_cpus=0, max_restarts=-1)
+    class Worker:
+        def __init__(self) -> None:
+            try:
+                died.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            raise OSError("no torch on this machine")
+
+        def ready(self) -> None:
+            pass
+
+        def evaluate(self, job: Job, weights: object) -> str:
+            del weights
+            if job[0].id == deadly.id:
+                os._exit(1)
+            return job[0].id
+
+    parts = {part.id: (part, None) for evaluation in sweep() for part in ingredients(evaluation)}
+    pool = RolloutPool.remote(parts, Worker)
+    pool.recruit.remote(3)
+    answers = ray.get([pool.evaluate.remote((evaluation,)) for evaluation in (deadly, *others)], timeout=300)
+    assert answers[1:] == [evaluation.id for evaluation in others]
+    ((failure,),) = answers[:1]
+    assert failure.recipe == deadly.id
+    assert failure.why.startswith("its process died")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pool_without_any_worker_says_why():
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def __init__(self) -> None:
+            raise OSError("no torch on this machine")
+
+        def ready(self) -> None:
+            pass
+
+    evaluations = sweep()
+    parts = {part.id: (part, None) for evaluation in evaluations for part in ingredients(evaluation)}
+    pool = RolloutPool.remote(parts, Worker)
+    pool.recruit.remote(2)
+    answers = ray.get([pool.evaluate.remote((evaluation,)) for evaluation in evaluations], timeout=300)
+    assert [failure.recipe for (failure,) in answers] == [evaluation.id for evaluation in evaluations]

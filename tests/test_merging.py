@@ -99,7 +99,9 @@ def test_many_candidates_are_one_product(three: list[Policy]) -> None:
         assert all(torch.allclose(candidate.trunk[name], one.trunk[name], atol=1e-6) for name in one.trunk)
 
 
-@pytest.mark.parametrize("weights", [[[0.5, 0.6]], [[1.5, -0.5]], [[1.0]], [0.5, 0.5], [[float("nan"), 1.0]], []])
+@pytest.mark.parametrize(
+    "weights", [[[0.5, 0.6]], [[1.5, -0.5]], [[1.0]], [0.5, 0.5], [[float("nan"), 1.0]], [[1.0, 0.0], [1.0]], []]
+)
 def test_weights_that_make_no_mixture_are_refused(three: list[Policy], weights: list[list[float]]) -> None:
     with pytest.raises(UserError, match="one row a candidate: 2 numbers ≥ 0, adding up to 1"):
         merge_many(three[:2], "mlp", weights)

@@ -174,7 +174,7 @@ def test_a_really_full_disk(tmp_path):
             write_atomically(disk / "tables" / "rows.parquet", bytes(10**6))
         assert [path for path in disk.glob("**/*") if path.is_file()] == []
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with pytest.raises(UserError, match=r"may not write .* give another folder \(--results\)"):
+        with pytest.raises(UserError, match=r"may not write .* give another place \(as with --results\)"):
             write_atomically(disk / "rows.parquet", b"")
         with pytest.raises(UserError, match="may not write"), store.lock():
             pass

@@ -8,11 +8,11 @@ import torch
 
 from dt.errors import UserError
 from dt.model.architecture import Architecture
-from dt.model.policy import Policy
+from dt.model.policy import STATISTICS, Policy
 from dt.training.loop import NotFiniteLossError, TrainingState
 from dt.training.objective import fine_tune, train
 from dt.training.optimisation import Optimisation
-from dt.training.together import advance_together
+from dt.training.together import Crowd
 from tests.toy import noise
 
 SMALL = Architecture(width=16, layers=2, context=5)
@@ -44,10 +44,10 @@ def test_together_is_what_each_is_alone(activation: str) -> None:
     """Without dropout: same windows, losses, clipping, schedule, AdamW; in two calls, and alone between."""
     architecture = Architecture.model_validate({**SMALL.model_dump(), "activation": activation})
     crowd, alone = runs(architecture=architecture), runs(architecture=architecture)
-    advance_together(crowd, 6)
+    Crowd(crowd).advance(6)
     for state in crowd:
         state.advance(2)
-    advance_together(crowd, 2)
+    Crowd(crowd).advance(2)
     for ours, theirs in zip(crowd, alone, strict=True):
         theirs.advance(8)
         theirs.advance(2)
@@ -66,7 +66,7 @@ def test_what_is_frozen_stays_and_other_heads_are_left_alone() -> None:
         return fine_tune(joint, {"walker2d": noise("walker2d")}, DRY, seed, frozen=frozen)
 
     crowd = [tuning(seed) for seed in (0, 1)]
-    advance_together(crowd, 4)
+    Crowd(crowd).advance(4)
     for seed, state in enumerate(crowd):
         alone = tuning(seed)
         alone.advance(4)
@@ -79,30 +79,33 @@ def test_what_is_frozen_stays_and_other_heads_are_left_alone() -> None:
 def test_a_resumed_crowd_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
     whole, begun, resumed = runs(WET), runs(WET), runs(WET)
     for _ in range(2):
-        advance_together(whole, 5)
-    advance_together(begun, 5)
+        Crowd(whole).advance(5)
+    Crowd(begun).advance(5)
     for index, (state, again) in enumerate(zip(begun, resumed, strict=True)):
         state.save(tmp_path / f"{index}.safetensors")
         again.load(tmp_path / f"{index}.safetensors")
     torch.rand(7)  # what others do with the process's random numbers does not matter
-    advance_together(resumed, 5)
+    Crowd(resumed).advance(5)
     assert all(same(a.result(), b.result()) for a, b in zip(whole, resumed, strict=True))
 
 
 def test_dropout_differs_between_policies() -> None:
     """Twins, but for dropout, part."""
     twins = [runs(WET)[0] for _ in range(2)]
-    advance_together(twins, 3)
+    Crowd(twins).advance(3)
     assert not same(twins[0].result(), twins[1].result())
+    apart = runs(WET)
+    Crowd(apart).advance(3)
+    assert not torch.equal(apart[0].random[0], apart[1].random[0])  # each goes on with masks of its own
     dry = [runs()[0] for _ in range(2)]
-    advance_together(dry, 3)
+    Crowd(dry).advance(3)
     assert_close(dry[0].result(), dry[1].result())
 
 
 def test_bfloat16_learns_what_float32_learns() -> None:
     fast, exact = runs(DRY.model_copy(update={"precision": "bfloat16"})), runs()
     for crowd in (fast, exact):
-        advance_together(crowd, 20)
+        Crowd(crowd).advance(20)
     for a, b in zip(fast, exact, strict=True):
         assert a.metrics["loss"] != b.metrics["loss"]
         assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=0.02)
@@ -110,19 +113,37 @@ def test_bfloat16_learns_what_float32_learns() -> None:
 
 def test_a_loss_that_is_no_number_changes_no_run() -> None:
     crowd = runs()
-    advance_together(crowd, 2)
+    Crowd(crowd).advance(2)
     with torch.no_grad():
         for parameter in crowd[1].objective.module.parameters():
             parameter.fill_(float("nan"))
     before = [state.result() for state in crowd]
-    with pytest.raises(NotFiniteLossError, match="the loss of walker2d became no number between steps 3 and 5: lower"):
-        advance_together(crowd, 3)
+    with pytest.raises(
+        NotFiniteLossError, match=r"the loss of run 1 \(walker2d\) became no number between steps 3 and 5: lower"
+    ):
+        Crowd(crowd).advance(3)
     assert same(crowd[0].result(), before[0])
     assert [state.step for state in crowd] == [2, 2, 2]
     crowd, alone = [crowd[0], crowd[2]], runs(which=TRIO[:1])[0]
-    advance_together(crowd, 3)  # their samplers, too, are where they were
+    Crowd(crowd).advance(3)  # their samplers, too, are where they were
     alone.advance(5)
     assert_close(crowd[0].result(), alone.result())
+
+
+def test_nobody_goes_beyond_the_last_step() -> None:
+    states = runs(which=PAIR)
+    crowd = Crowd(states)
+    while not crowd.done:
+        crowd.advance(20)
+    crowd.advance(20)
+    assert [state.step for state in states] == [30, 30]
+    assert states[0].metrics["learning_rate"] > 0
+
+
+def _head_frozen(task: str) -> TrainingState[Policy]:
+    policy = train({task: noise(task)}, SMALL, DRY, 0).result()
+    head = [f"heads.{task}.{name}" for name in policy.heads[task] if name not in STATISTICS]
+    return fine_tune(policy, {task: noise(task)}, DRY, 0, frozen=head)
 
 
 def test_runs_that_do_not_fit_are_refused() -> None:
@@ -139,6 +160,11 @@ def test_runs_that_do_not_fit_are_refused() -> None:
         ([joint], "halfcheetah and walker2d: only one task's action error"),
     ):
         with pytest.raises(UserError, match=sentence):
-            advance_together([*runs(which=PAIR), *others], 1)
+            Crowd([*runs(which=PAIR), *others]).advance(1)
+    tuned = [_head_frozen(task) for task in ("hopper", "walker2d")]  # what is trained has the same shapes
+    with pytest.raises(UserError, match="runs of different frozen parameters"):
+        Crowd(tuned)
+    with pytest.raises(UserError, match="the same run twice"):
+        Crowd([ahead, ahead])
     with pytest.raises(UserError, match="no runs"):
-        advance_together([], 1)
+        Crowd([])

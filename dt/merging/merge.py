@@ -68,12 +68,18 @@ def merge_many(policies: Sequence[Policy], group: str, weights: Sequence[Sequenc
     """Many mixtures of `group` of the same policies in one matrix product: Σ_p w_cp θ_p for each candidate c.
 
     weights: (C, P), ≥ 0, each row adding up to 1; [[1 − α, α] for α in …] sweeps a pair. What `merge` gives one by one
-    but for the last bit; a row that takes one policy alone gives its parameters bit for bit. Everything else is the
-    first policy's. All candidates lie in memory, as views of one matrix: cut longer sweeps into pieces.
+    up to float32 rounding (1e-7 of the largest parameter of the entry's place); a row that is all one policy's gives
+    its parameters bit for bit. For screening: what is to be shared by several targets bit for bit takes `merge`, whose
+    mean does not depend on the order. Everything else is the first policy's. All candidates lie in memory, as views of
+    one matrix: cut longer sweeps into pieces.
 
     Raises UserError for policies that `merge` refuses, an unknown group, or other weights.
     """
-    target, mix = _target(policies), torch.tensor(weights, dtype=torch.float64)
+    target = _target(policies)
+    try:
+        mix = torch.tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError):
+        mix = torch.zeros(0)
     if mix.ndim != 2 or mix.shape[1] != len(policies) or not bool(((mix >= 0).all(1) & _adds_up(mix.sum(1))).all()):
         raise UserError(f"weights are one row a candidate: {len(policies)} numbers ≥ 0, adding up to 1")
     names = parameters_of(group, target.architecture)

@@ -31,5 +31,5 @@ class Architecture(Frozen):
 
 
 BASE = Architecture()
-WIDE = Architecture(width=512, layers=3, heads=4)  # Table V
+WIDE = Architecture(width=512, layers=3, heads=4, activation="gelu_new")  # Table V
 GPT2_SMALL = Architecture(width=768, layers=12, heads=12, activation="gelu_new")  # Table IV

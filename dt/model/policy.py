@@ -17,6 +17,7 @@ from dt.errors import UserError
 from dt.files import opened, write_atomically
 from dt.merging.groups import trunk_parameters
 from dt.model.architecture import Architecture
+from dt.tasks import Task, get_task
 
 FORMAT = "mergedt-policy-1"
 STATISTICS = ("state_mean", "state_std", "best_return")  # in a head, but not trained
@@ -53,6 +54,15 @@ class Policy:
                             f"wrong dimensions: trunk parameter {name!r} is {tuple(tensor.shape)}, "
                             f"the architecture ({self.architecture}) wants {expected[name]}"
                         )
+        for task, head in self.heads.items():
+            wanted = head_shapes(get_task(task), self.architecture.width)
+            shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+            for name in sorted(wanted.keys() | shapes.keys()):
+                if wanted.get(name) != shapes.get(name):
+                    raise UserError(
+                        f"wrong dimensions: {name!r} of the head for {task} is {shapes.get(name, 'missing')}, "
+                        f"it should be {wanted.get(name, 'absent')}"
+                    )
 
     def alone(self, task: str) -> Policy:
         """The single-task policy that this one is on a task. Raises UserError when it has no head for it."""
@@ -93,6 +103,26 @@ def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         return weight[module] if kind == "weight" else weight[module][-1:]
 
     return {name: shape(name) for name in trunk_parameters(architecture)}
+
+
+def head_shapes(task: Task, width: int) -> dict[str, tuple[int, ...]]:
+    """Tensor name → shape of a task's head, statistics included."""
+    return {
+        "embed_return.weight": (width, 1),
+        "embed_return.bias": (width,),
+        "embed_state.weight": (width, task.state_dim),
+        "embed_state.bias": (width,),
+        "embed_action.weight": (width, task.action_dim),
+        "embed_action.bias": (width,),
+        "embed_ln.weight": (width,),
+        "embed_ln.bias": (width,),
+        "embed_timestep.weight": (task.horizon, width),
+        "predict_action.weight": (task.action_dim, width),
+        "predict_action.bias": (task.action_dim,),
+        "state_mean": (task.state_dim,),
+        "state_std": (task.state_dim,),
+        "best_return": (),
+    }
 
 
 def save_policy(policy: Policy, path: Path, metadata: Mapping[str, str] | None = None) -> None:

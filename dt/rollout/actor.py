@@ -1,6 +1,7 @@
 """Many policies acting in many environments at once, each action exact, no work done twice.
 
-Weights of all policies are stacked, so one batched product serves them all. Of the 3K tokens of a window only three are
+Weights of all policies are stacked, so that one call serves them all (a product of oneDNN's for each, where it is
+there). Of the 3K tokens of a window only three are
 new at each step, and the window slides without positions (time steps are absolute), so embeddings and the first block's
 queries, keys and values are kept in a ring of K slots; deeper layers see a context that lost its oldest step and are
 computed afresh. The last block computes the newest state token alone.
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 
 # Multiplications under which oneDNN declines a product; it then goes to a kernel whose sums depend on the batch size.
 _SMALL = 16**3
-# oneDNN's linear map with something after it: half the time of an MLP. Its names of our activations.
-_fused = torch.ops.mkldnn._linear_pointwise
+# What oneDNN's linear map can do with its result, by our names of activations: it halves the time of an MLP.
 _FUSED: Mapping[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
     "relu": ("relu", [], ""),
@@ -224,23 +224,24 @@ def _linear(
     """(P, E, T, in) → (P, E, T, out) by each policy's own weights, in their precision; then activated, or with `plus`
     (P, E, T, out) added."""
     weights, biases = block[f"{name}.weight"][:, outputs], block[f"{name}.bias"][:, outputs]
-    if activation not in _FUSED or not _fusing(x.device.type, x.dtype):
+    if activation not in _FUSED or not _fusing(x.dtype):
         y = torch.baddbmm(biases[:, None], x.flatten(1, 2), weights.mT).reshape(*x.shape[:3], -1)
         y = y if activation is None else activate(y, activation)
         return y if plus is None else y + plus
+    fused = torch.ops.mkldnn._linear_pointwise
     if plus is None:
         after = _FUSED[activation]
-        made = [_fused(own, weight, bias, *after) for own, weight, bias in zip(x, weights, biases, strict=True)]
+        made = [fused(own, weight, bias, *after) for own, weight, bias in zip(x, weights, biases, strict=True)]
     else:
         parts = zip(x, plus, weights, biases, strict=True)
-        made = [_fused.binary(own, to, weight, bias, "add") for own, to, weight, bias in parts]
+        made = [fused.binary(own, to, weight, bias, "add") for own, to, weight, bias in parts]
     return made[0][None] if len(made) == 1 else torch.stack(made)
 
 
 @cache
-def _fusing(device: str, dtype: torch.dtype) -> bool:
+def _fusing(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there for such numbers, and can do in one pass what takes PyTorch three."""
-    if device != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -25,7 +25,7 @@ M = TypeVar("M")
 
 
 class NotFiniteLossError(UserError):
-    """The loss became NaN or infinite."""
+    """The loss, or its gradient, became NaN or infinite."""
 
 
 class Objective(Protocol[R_co]):
@@ -92,7 +92,7 @@ def run(state: TrainingState[R], *, resume: Path | None = None, log_every: int =
     """Train to the last step, from a saved state if one is given; yields every `log_every` steps and at the end.
 
     A resumed run is bit for bit the uninterrupted one (same device, library versions and thread count).
-    Raises NotFiniteLossError when the loss is no number.
+    Raises NotFiniteLossError when the loss or its gradient is no number.
     """
     if resume is not None:
         state.load(resume)
@@ -106,7 +106,7 @@ class TrainingState(Generic[R]):
     """A training run at one step.
 
     step: updates taken; sampler: draws the windows; random: torch's random numbers, for dropout; optimiser: AdamW over
-    all that is trained. Whoever advances a run by other means (`together`) leaves all four as `advance` would.
+    all that is trained. Whoever advances a run by other means (`together`) brings all four on.
     """
 
     def __init__(
@@ -167,18 +167,15 @@ class TrainingState(Generic[R]):
     def _update(self) -> dict[str, float]:
         self.optimiser.zero_grad(set_to_none=True)
         losses = {name: loss.item() for name, loss in self.objective.backward(self.step, self.sampler).items()}
-        if not math.isfinite(losses["loss"]):
-            raise NotFiniteLossError(
-                f"the loss of {self.objective.name} became {losses['loss']} at step {self.step + 1}: lower the "
-                f"learning rate (now {self.optimisation.learning_rate:g}) or lengthen the warm-up; the last good "
-                "checkpoint is kept"
-            )
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.optimisation.clip_norm).item()
+        for what, value in (("loss", losses["loss"]), ("gradient", norm)):  # before it spoils the parameters
+            if not math.isfinite(value):
+                raise not_finite(f"the {what} of {self.objective.name} became {value} at step {self.step + 1}", self)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.optimisation, self.step)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self.optimisation.clip_norm)
         self.optimiser.step()
         self.objective.updated(self.step, self.sampler)
-        self._gradient_norm = norm.item()
+        self._gradient_norm = norm
         self.step += 1
         return losses
 
@@ -209,11 +206,20 @@ class TrainingState(Generic[R]):
         progress: dict[str, Any] = json.loads(header["progress"])
         self.step = progress["step"]
         self.sampler.bit_generator.state = progress["sampler"]
-        self.random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
+        random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
+        self.random = [*random, *self.random[len(random) :]]  # begun on a CPU, it has none for the GPU
         self._module.load_state_dict(under("module.", tensors))
         for name, parameter in self._trained.items():
             moments = under(f"optimiser.{name}.", tensors)
             self.optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}
+
+
+def not_finite(what: str, state: TrainingState[Any]) -> NotFiniteLossError:
+    """The error, with what to do about it."""
+    return NotFiniteLossError(
+        f"{what}: lower the learning rate (now {state.optimisation.learning_rate:g}) or lengthen the warm-up; "
+        "no parameter took it in, and what was saved before is good"
+    )
 
 
 def in_precision(optimisation: Optimisation, device: torch.device) -> torch.autocast:
