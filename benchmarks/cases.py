@@ -16,7 +16,7 @@ from dt.behaviour.record import record_chunk
 from dt.merging.merge import merge, merge_many
 from dt.model.architecture import BASE
 from dt.model.policy import Policy
-from dt.model.size import block_parameters
+from dt.model.shapes import block_parameters
 from dt.rollout.evaluate import evaluate
 from dt.tasks import get_task
 from dt.training.loop import TrainingState

@@ -52,12 +52,18 @@ class Answer:
         """Ids of those without rows."""
         return self.asked - self.rows.keys()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to show."""
+        return any(cell.estimates for cell in self.cells)
+
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """One for each combination of the labels shown, in the order of the points; none while rows are missing."""
+        """One for each combination of the labels shown, in the order of the points; without estimates while any of its
+        rows are missing."""
         shown = shown_labels(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
-        for point in () if self.missing else self.points:
+        for point in self.points:
             if _is_baseline_only(point, self.experiment):
                 continue
             groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
@@ -65,7 +71,7 @@ class Answer:
             Cell(
                 labels=dict(zip(shown, key, strict=True)),
                 estimates=self._estimates(points),
-                episodes=sum(len(self.rows[point.evaluation.id][0]) for point in points),
+                episodes=sum(len(self.rows[p.evaluation.id][0]) for p in points if p.evaluation.id in self.rows),
                 seeds=len({point.labels.get("seed", 0) for point in points}),
                 size=self._size(points),
             )
@@ -74,8 +80,6 @@ class Answer:
 
     def judge(self, claim: Claim) -> tuple[Sample, Verdict] | None:
         """The claim's number and what its interval says; None where it cannot be computed."""
-        if self.missing:
-            return None
         total: Sample | None = None
         for weight, where in claim.terms:
             samples = [self._sample(point, claim.value) for point in select(self.points, where)]
@@ -103,6 +107,8 @@ class Answer:
 
     def _sample(self, point: Point, measure: Measure) -> Sample | None:
         evaluation = point.evaluation
+        if evaluation.id in self.missing:
+            return None
         match measure:
             case "return":
                 return self._mean(evaluation, 0)
@@ -128,18 +134,14 @@ def answers(
     wanted = {
         e.id for some in points.values() for point in some for e in (point.evaluation, baseline(point.evaluation))
     }
-    episodes = tables.dataset("episodes").to_table(
-        columns=["evaluation", "episode", "return", "score"], filter=among("evaluation", wanted)
-    )
+    episodes = tables.some("episodes", ["evaluation", "episode", "return", "score"], among("evaluation", wanted))
     rows: dict[str, tuple[list[float], list[float]]] = {}
     for row in episodes.sort_by([("evaluation", "ascending"), ("episode", "ascending")]).to_pylist():
         returns, scores = rows.setdefault(row["evaluation"], ([], []))
         returns.append(row["return"])
         scores.append(row["score"])
     policies = {point.evaluation.policy.id for some in points.values() for point in some}
-    known = tables.dataset("policies").to_table(
-        columns=["policy", "transformer_size"], filter=among("policy", policies)
-    )
+    known = tables.some("policies", ["policy", "transformer_size"], among("policy", policies))
     sizes = dict(zip(known["policy"].to_pylist(), known["transformer_size"].to_pylist(), strict=True))
     return [Answer(each, setting, points[each.name], rows, data_return, sizes) for each in experiments]
 

@@ -131,11 +131,14 @@ def sweep(
     figure: Annotated[Path | None, typer.Option("--figure", help="Also draw the sweep to this PNG.")] = None,
 ) -> None:
     """Ask a new question: merge GROUP of a target's policy with a source's, over weights ALPHA."""
+    from orchestrator.answers import baseline
     from orchestrator.cli_work import compute, show_answers
 
     setting = setting_of(profile, data, seeds, results)
     _check_tasks(target, *source)
     weights = _weights(alpha, source)
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise UserError(f"figures are PNG files: {figure} should end in .png")
 
     def points(at: Setting) -> list[Point]:
         return [
@@ -159,7 +162,8 @@ def sweep(
     asked = Experiment(
         name="sweep", title=f"{'+'.join(source)} → {target}", paper="", question="", points=points, show=show
     )
-    compute([asked], setting, Store(results), address, workers, declare=False)
+    unmerged = [baseline(point.evaluation) for point in points(setting)]  # what retention is a share of
+    compute([asked], setting, Store(results), address, workers, declare=False, also=unmerged)
     show_answers([asked], setting, Store(results), figure)
 
 

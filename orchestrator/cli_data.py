@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from dt.errors import UserError
 from dt.tasks import get_task
-from orchestrator.cli_options import RESULTS, AddressOption, ResultsOption, WorkersOption, console
+from orchestrator.cli_options import RESULTS, AddressOption, ResultsOption, console
 from orchestrator.recipes import Quality, Recording
 from orchestrator.store import Store
 
@@ -30,7 +30,6 @@ def record(
     seed: SeedOption = 0,
     results: ResultsOption = RESULTS,
     address: AddressOption = None,
-    workers: WorkersOption = None,
 ) -> None:
     """Record a Minari dataset from the shipped behaviour policies, in parallel; the same whatever the parallelism."""
     from orchestrator.cli_work import compute_recipes
@@ -39,7 +38,7 @@ def record(
         raise UserError(f"a dataset needs at least one episode, --episodes {episodes} given")
     recording = Recording(task=task, quality=quality, episodes=episodes, seed=seed)
     store = Store(results)
-    compute_recipes([recording], store, address, workers)
+    compute_recipes([recording], store, address, workers=None)
     _show_description(_describe_recording(recording, store))
 
 
@@ -49,30 +48,31 @@ def list_(results: ResultsOption = RESULTS) -> None:
     from dt.data.description import describe, list_recordings
     from dt.data.sources import load_recorded
 
-    root = Store(results).datasets
+    root, damaged = Store(results).datasets, list[str]()
     table = RichTable("task", "quality", "episodes", "seed", "steps", "mean return", "score", "content")
     for entry in list_recordings(root):
-        loaded = load_recorded(entry.task, entry.quality, entry.episodes, entry.seed, root)
+        which = (entry.task, entry.quality, str(entry.episodes), str(entry.seed), f"{entry.steps:,}")
+        try:
+            loaded = load_recorded(entry.task, entry.quality, entry.episodes, entry.seed, root)
+        except UserError as error:
+            table.add_row(*which, "–", "–", "damaged")
+            damaged.append(str(error))
+            continue
         found = describe(loaded, get_task(entry.task))
-        table.add_row(
-            entry.task,
-            entry.quality,
-            str(entry.episodes),
-            str(entry.seed),
-            f"{entry.steps:,}",
-            f"{found.return_mean:.1f}",
-            f"{found.score:.1f}",
-            entry.content_hash[:12],
-        )
+        table.add_row(*which, f"{found.return_mean:.1f}", f"{found.score:.1f}", entry.content_hash[:12])
     table.caption = f"under {root}; more: mergedt data describe"
     console.print(table)
+    for sentence in damaged:
+        console.print(sentence, soft_wrap=True, highlight=False)
 
 
 @data.command()
 def describe(
     task: TaskOption,
     quality: Annotated[Quality | None, typer.Option("--quality", help="Of a recording made here.")] = None,
-    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Of a recording made here.")] = 1,
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", min=1, help="Of a recording made here; default: the longest.")
+    ] = None,
     seed: SeedOption = 0,
     source: Annotated[str | None, typer.Option("--source", help="A Minari id, or a .hdf5 or .pkl file.")] = None,
     results: ResultsOption = RESULTS,
@@ -87,9 +87,23 @@ def describe(
 
         _show_description(describe_trajectories(load_imported(source, task, store.datasets), get_task(task)))
     elif quality is not None:
-        _show_description(
-            _describe_recording(Recording(task=task, quality=quality, episodes=episodes, seed=seed), store)
-        )
+        count = episodes or _longest(get_task(task).name, quality, seed, store)
+        _show_description(_describe_recording(Recording(task=task, quality=quality, episodes=count, seed=seed), store))
+
+
+def _longest(task: str, quality: Quality, seed: int, store: Store) -> int:
+    """The episodes of the longest recording of that kind. Raises UserError when there is none."""
+    from dt.behaviour.record import parts_of
+    from dt.data.description import list_recordings
+
+    found = [entry for entry in list_recordings(store.datasets) if (entry.task, entry.seed) == (task, seed)]
+    lengths = [{entry.episodes for entry in found if entry.quality == part} for part in parts_of(quality)]
+    if common := set.intersection(*lengths):
+        return max(common)
+    raise UserError(
+        f"there is no {quality} recording of {task} with seed {seed} in {store.datasets}: make one with `mergedt data "
+        f"record --task {task} --quality {quality} --episodes 200 --seed {seed}`, or see `mergedt data list`"
+    )
 
 
 def _describe_recording(recording: Recording, store: Store) -> object:
@@ -118,10 +132,15 @@ def train(
     seed: SeedOption = 0,
 ) -> None:
     """Train medium and expert behaviour policies for an environment (needs the extra `behaviour`)."""
-    from dt.behaviour.train import Settings, train_behaviour_policies
+    from dt.behaviour.train import Settings, show_progress, train_behaviour_policies
 
     settings = Settings(algorithm=algorithm, steps=steps, seed=seed)
-    train_behaviour_policies(get_task(task), medium_return, output, settings)
+    train_behaviour_policies(get_task(task), medium_return, output, settings, report=show_progress)
+    console.print(
+        f"to ship them: copy what is in {output} to dt/behaviour/; a new environment needs a task in dt/tasks.py, too",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @behaviour.command("list")

@@ -1,9 +1,12 @@
 """Writing the rows of a query for people and for programs."""
 
 import json
+import math
 import sys
+from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as csv
@@ -33,13 +36,34 @@ def _bytes(rows: pa.Table, form: str) -> bytes:
     if form == "parquet":
         pq.write_table(rows, sink)
     elif form == "csv":
-        csv.write_csv(rows, sink)
+        csv.write_csv(_flat(rows), sink)
     elif form == "json":
-        sink.write(json.dumps(rows.to_pylist(), default=str, ensure_ascii=False, indent=1).encode() + b"\n")
+        plain = [{name: _json(value) for name, value in row.items()} for row in rows.to_pylist()]
+        sink.write(json.dumps(plain, default=str, ensure_ascii=False, indent=1).encode() + b"\n")
     else:
         lines = [rows.column_names, *([_cell(value) for value in row.values()] for row in rows.to_pylist())]
         sink.write("\n".join("\t".join(line) for line in lines).encode() + b"\n")
     return sink.getvalue()
+
+
+def _flat(rows: pa.Table) -> pa.Table:
+    """Lists and structures as JSON, for formats that have none."""
+    for index, field in enumerate(rows.schema):
+        if pa.types.is_nested(field.type):
+            texts = [json.dumps(_json(value), default=str, ensure_ascii=False) for value in rows[index].to_pylist()]
+            rows = rows.set_column(index, field.name, pa.array(texts, pa.string()))
+    return rows
+
+
+def _json(value: Any) -> Any:
+    """What JSON can say: numbers as numbers, and null for those that are none."""
+    if isinstance(value, Decimal):  # DuckDB's sum of integers
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _json(each) for name, each in value.items()}
+    return [_json(each) for each in value] if isinstance(value, list) else value
 
 
 def _rich(rows: pa.Table) -> RichTable:

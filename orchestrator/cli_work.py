@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table as RichTable
 
 from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError, unknown
+from dt.model.shapes import block_parameters
 from dt.tasks import get_task
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
@@ -23,14 +25,15 @@ from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting,
 from orchestrator.figures import draw, spell
 from orchestrator.plan import Plan, datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
-from orchestrator.recipes import Artefact, Evaluate, Recipe, Recording, closure, ingredients, read_policy
+from orchestrator.recipes import Artefact, Evaluate, Job, Pretrain, Recipe, Recording, closure, ingredients, read_policy
 from orchestrator.report import data_return, number
 from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
-# Of one core, before anything has run here: for an episode recorded, a training step, an episode rolled out.
-SECONDS = {"recording": 0.15, "train": 0.12, "evaluate": 1.0}
+# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for a
+# token in training and for an episode rolled out.
+SECONDS = {"recording": 0.15, "train": 0.12 / (64 * 60) / 594_816, "evaluate": 1.0 / 594_816}
 MANY_ROWS = 24  # more are for the report
 
 
@@ -69,21 +72,37 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
 
 
 def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
-    """Seconds on this machine for each kind of work, from what earlier runs took, else from typical figures."""
-    cores = os.cpu_count() or 1
-    known = {row["kind"]: row["unit"] for row in tables.query(_UNIT_COSTS).to_pylist() if row["unit"]}
-    unit = SECONDS | known
-    sizes = {"recording": planned.recorded_episodes, "train": planned.gradient_steps, "evaluate": planned.episodes}
+    """Seconds on this machine for each kind of work: by what earlier runs took, else by typical figures.
+
+    Of runs here if there are any, else anywhere. A transformer's work is tokens × parameters, so that runs of one
+    budget tell something of another.
+    """
+    cores, known = os.cpu_count() or 1, dict(SECONDS)
+    for row in tables.query(_UNIT_COSTS).sort_by("here").to_pylist():  # this machine's last
+        known[row["kind"]] = row["unit"]
+    sizes = {
+        "recording": planned.recorded_episodes,
+        "train": sum(map(_work, planned.trainings)),
+        "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
+    }
     busy = {"recording": cores, "train": min(cores, max(1, len(planned.trainings))), "evaluate": cores}
-    return {kind: sizes[kind] * unit[kind] / busy[kind] for kind in sizes}
+    return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
-_UNIT_COSTS = """
-SELECT 'train' AS kind, sum(r.seconds * coalesce(r.threads, 1)) / sum(p.steps) AS unit
-FROM runs r JOIN policies p ON r.recipe = p.policy WHERE r.kind IN ('train', 'fine-tune', 'train-together')
-UNION ALL
-SELECT 'evaluate', sum(r.seconds) / sum(s.episodes)
-FROM runs r JOIN scores s ON r.recipe = s.evaluation WHERE r.kind = 'evaluate'
+def _work(job: Job) -> int:
+    tokens = job.block if isinstance(job, Pretrain) else 3 * job.architecture.context
+    return job.optimisation.steps * job.optimisation.batch_size * tokens * block_parameters(job.architecture)
+
+
+_UNIT_COSTS = f"""
+SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
+    SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,
+           steps * batch_size * 3 * context * trunk_parameters AS work
+    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind IN ('train', 'fine-tune', 'train-together')
+    UNION ALL
+    SELECT 'evaluate', host = '{platform.node()}', seconds, episodes * trunk_parameters
+    FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'
+) GROUP BY kind, here
 """
 
 
@@ -103,15 +122,18 @@ def compute(
     address: str | None,
     workers: int | None,
     declare: bool = True,
+    also: Sequence[Evaluate] = (),
 ) -> None:
-    """Run what the experiments need and state which evaluations answer them."""
+    """Run what the experiments need, and some more, and state which evaluations answer them."""
     points = {experiment.name: list(experiment.points(setting)) for experiment in experiments}
-    recipes = {point.evaluation.id: point.evaluation for some in points.values() for point in some}
+    asked = [point.evaluation for some in points.values() for point in some]
+    recipes = {evaluation.id: evaluation for evaluation in (*asked, *also)}
     if declare:
         tables = Tables(store.tables)
-        declare_paper(tables)
-        for name, some in points.items():
-            declare_experiment(tables, name, setting.name, some)
+        with store.lock():
+            declare_paper(tables)
+            for name, some in points.items():
+                declare_experiment(tables, name, setting.name, some)
     compute_recipes(list(recipes.values()), store, address, workers)
 
 
@@ -136,7 +158,7 @@ def show_answers(
     found = answers(experiments, setting, Tables(store.tables), data_return(store))
     for each in found:
         console.print(_table(each))
-        if figure is not None and isinstance(each.experiment.show, Figure) and not each.missing:
+        if figure is not None and isinstance(each.experiment.show, Figure) and each.begun:
             draw(each, each.experiment.show, figure)
             console.print(f"figure: {figure}", soft_wrap=True, highlight=False)
     return found
@@ -214,7 +236,7 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
     from dt.model.size import size_of
     from orchestrator.making import from_store, realise
 
-    rows = Tables(store.tables).dataset("policies").to_table(columns=["policy", "recipe"]).to_pylist()
+    rows = Tables(store.tables).some("policies", ["policy", "recipe"]).to_pylist()
     if not rows:
         raise UserError(f"there are no policies in {store.tables} yet: run an experiment first")
     found = [row for row in rows if row["policy"].startswith(prefix)]
@@ -288,16 +310,18 @@ def run_demo(store: Store, address: str | None, workers: int | None, profile: st
     target, source = "walker2d", "halfcheetah"
     console.print(f"{experiment.question} ({setting.profile.purpose})")
     compute([experiment], setting, store, address, workers)
-    figure, movie = store.root / "demo" / "demo.png", store.root / "demo" / "merged.webp"
-    show_answers([experiment], setting, store, figure)
+    show_answers([experiment], setting, store, store.root / "demo" / "demo.png")
     seed = setting.profile.sweep_seeds[0]
     policy = merged(setting.expert(target, seed), setting.expert(source, seed), "attention", 0.5)
-    if not movie.is_file():
-        film(setting.evaluate(policy, target), store, movie, steps=300)
+    movie = store.root / "demo" / f"{target}-{policy.id[:8]}.webp"
+    what = f"{movie}: {target} with the mean of its own and {source}'s attention"
+    try:
+        if not movie.is_file():
+            film(setting.evaluate(policy, target), store, movie, steps=300)
+    except UserError as error:  # a machine that cannot draw
+        what = f"none: {error}"
     at = "" if store.root == RESULTS.absolute() else f" --results {store.root}"
-    console.print(
-        f"film:   {movie}: {target} with the mean of its own and {source}'s attention", soft_wrap=True, highlight=False
-    )
+    console.print(f"film:   {what}", soft_wrap=True, highlight=False)
     console.print(f"rows:   {store.tables}", soft_wrap=True, highlight=False)
     console.print(f"\nThat took {_minutes(time.monotonic() - began)}. Try next:")
     for line in (

@@ -1,5 +1,6 @@
 """Where the offline data comes from: recorded here, or a template that names one dataset per task and quality."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,11 @@ class FromTemplate:
 
     template: str  # minari:mujoco/{task}/{quality}-v0, /data/{task}-{quality}-v2.hdf5 or .pkl
     root: Path | None = None  # of Minari datasets, before Minari's own
-    name = "imported"
+
+    @property
+    def name(self) -> str:
+        """The template in letters that a table's key may have."""
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.template).strip("-")
 
     def __post_init__(self) -> None:
         try:
@@ -75,11 +80,26 @@ class FromTemplate:
 
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Imported:
         del profile
-        source = self.template.format(task=get_task(task).name, quality=quality).removeprefix(MINARI)
-        if not self.template.startswith(MINARI):
-            source = str(Path(source).expanduser().absolute())  # workers have another working directory
+        source = self._source(get_task(task).name, quality)
         content_hash = _content_hash(source, task, self.root)
         return Imported(task=task, source=source, quality=quality, content_hash=content_hash)
+
+    def _source(self, task: str, quality: Quality) -> str:
+        """What holds that quality. D4RL's files write medium_expert; where there is none, medium and expert make it."""
+        from dt.data.sources import AND  # heavy: only where data of others is used
+
+        def named(word: str) -> str:
+            return self.template.format(task=task, quality=word)
+
+        parts = quality.split("-")
+        if self.template.startswith(MINARI):
+            whole = len(parts) == 1 or not self.template.startswith(f"{MINARI}mujoco/")  # the hub has no medium-expert
+            return AND.join(map(named, [quality] if whole else parts)).replace(MINARI, "")
+        paths = {word: Path(named(word)).expanduser().absolute() for word in (quality, "_".join(parts), *parts)}
+        if found := [path for word, path in paths.items() if word not in parts and path.is_file()]:
+            return str(found[0])
+        together = [paths[part] for part in parts]
+        return AND.join(map(str, together)) if all(map(Path.is_file, together)) else str(paths[quality])
 
     def target_return(self, task: str) -> TargetReturn:
         return get_task(task).target_return
@@ -91,7 +111,7 @@ class FromTemplate:
 
 @cache
 def _content_hash(source: str, task: str, root: Path | None) -> str:
-    from dt.data.sources import load_imported  # heavy: only where data of others is used
+    from dt.data.sources import load_imported
 
     return load_imported(source, task, root).content_hash
 

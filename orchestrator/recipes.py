@@ -104,7 +104,10 @@ Quality = Literal["medium", "expert", "medium-expert"]
 
 
 class Recording(_OfTask):
-    """A dataset recorded here from shipped behaviour policies; `medium-expert` is both, so many of each."""
+    """A dataset recorded here from shipped behaviour policies; `medium-expert` is both, so many of each.
+
+    Whoever ships another policy in the place of one raises `revision`: what was made of the old one's data is another.
+    """
 
     kind: Literal["recording"] = "recording"
     quality: Quality

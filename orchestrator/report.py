@@ -30,7 +30,7 @@ def write_report(experiments: Sequence[Experiment], setting: Setting, store: Sto
     tables = Tables(store.tables)
     found = answers(experiments, setting, tables, data_return(store))
     for each in found:
-        if isinstance(each.experiment.show, Figure) and not each.missing:
+        if isinstance(each.experiment.show, Figure) and each.begun:
             draw(each, each.experiment.show, folder / f"{each.experiment.name}.png")
     sections = [_header(found, setting, tables), _summary(found), *(_section(each, command) for each in found)]
     path = folder / NAME
@@ -109,7 +109,7 @@ Written by `mergedt report` from the rows in the tables. Nothing is typed by han
 def _hardware(found: Sequence[Answer], tables: Tables) -> str:
     points = [point for each in found for point in each.points if point.evaluation.id in each.rows]
     evaluated = {point.evaluation.id: point.evaluation for point in points}
-    rows = tables.dataset("runs").to_table(filter=among("recipe", closure(iter(evaluated.values()))))
+    rows = tables.some("runs", where=among("recipe", closure(iter(evaluated.values()))))
     if not rows.num_rows:
         return "* **Ran on:** no rows yet."
     versions = ", ".join(
@@ -161,7 +161,8 @@ def _section(each: Answer, command: str) -> str:
     if each.missing:
         run = f"mergedt run {experiment.name} {command}".rstrip()
         parts.append(f"**{len(each.missing)} of {len(each.asked)} evaluations are missing:** `{run}`")
-        return "\n\n".join(parts)
+        if not each.begun:
+            return "\n\n".join(parts)
     if isinstance(experiment.show, Figure):
         parts.append(f"![{experiment.title}]({experiment.name}.png)")
         parts.append(f"<details><summary>The numbers</summary>\n\n{_long_table(each)}\n\n</details>")

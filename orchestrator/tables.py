@@ -8,7 +8,7 @@ Declarations (which evaluations answer which experiment, the paper's numbers) ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -283,12 +283,15 @@ class Tables:
         return pads.dataset([str(path) for path in files], schema=spec.schema, format="parquet")
 
     def read(self, table: str) -> pa.Table:
-        """The whole table in memory, in its order."""
+        """The whole table in memory, in its order. Raises UserError naming a corrupt file."""
+        return self.some(table).sort_by([(name, "ascending") for name in _spec(table).order])
+
+    def some(self, table: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
+        """Columns and rows of a table, in no order. Raises UserError naming a corrupt file."""
         try:
-            rows = self.dataset(table).to_table()
+            return self.dataset(table).to_table(columns=columns, filter=where)
         except (pa.ArrowException, OSError) as error:
             raise self._corrupt(table) or error from error
-        return rows.sort_by([(name, "ascending") for name in _spec(table).order])
 
     def compact(self) -> None:
         """Rewrite every table as one file, in a fixed order, then remove its parts. A kill in between loses nothing."""

@@ -1,6 +1,9 @@
 """Behaviour policies, recording, the Minari dataset on disk, and the export of newly trained policies."""
 
+import hashlib
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import gymnasium
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 import dt.behaviour
 from dt.behaviour.policy import BehaviourPolicy, load_behaviour_policy, shipped_policies
 from dt.behaviour.record import (
+    EPISODE_BYTES,
     chunks,
     environment_seed,
     is_recorded,
@@ -27,7 +31,9 @@ from dt.behaviour.record import (
 from dt.behaviour.train import Checkpoint, Settings, main, select, train, weights_of, write_policy
 from dt.data.trajectories import Trajectories, concatenate
 from dt.errors import UserError
+from dt.files import explained
 from dt.tasks import get_task
+from orchestrator.recipes import Recording
 
 SHIPPED = [(task, quality) for task in ("halfcheetah", "hopper", "walker2d") for quality in ("expert", "medium")]
 
@@ -173,6 +179,34 @@ def test_a_recording_that_fails_halfway_leaves_nothing(
         write_recording(small, "hopper", "medium", 2, 0, tmp_path)
     assert not is_recorded("hopper", "medium", 2, 0, tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_recording_on_a_really_full_disk_is_an_error_and_no_crash(small: Trajectories, tmp_path: Path) -> None:
+    """HDF5 would end the process: room is looked for before."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a small disk here")
+    try:
+        with pytest.raises(UserError, match="no space left"), explained(disk):
+            write_recording(small, "hopper", "medium", 2, 0, disk)
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_room_is_looked_for_generously(small: Trajectories, tmp_path: Path) -> None:
+    written = write_recording(small, "hopper", "medium", 2, 0, tmp_path)
+    size = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    arrays = (small.observations, small.actions, small.rewards, small.terminated)
+    assert size < 2 * sum(array.nbytes for array in arrays) + EPISODE_BYTES * small.episodes
+
+
+def test_who_ships_another_policy_raises_the_revision_of_recordings() -> None:
+    """Policies trained on an old one's data would else pass for those of the new one's: see `Recording`."""
+    digests = "".join(load_behaviour_policy(*which).digest for which in sorted(shipped_policies()))
+    assert (hashlib.sha256(digests.encode()).hexdigest()[:16], Recording.revision) == ("79cab0b3aa8f22b8", 1)
 
 
 def test_a_recording_that_is_there_stays(small: Trajectories, tmp_path: Path) -> None:

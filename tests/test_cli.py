@@ -15,7 +15,12 @@ from huggingface_hub import constants
 from PIL import Image
 from typer.testing import CliRunner
 
+from dt.behaviour.record import record
+from dt.data.sources import load_recorded
 from orchestrator.cli import app
+from orchestrator.cli_options import console
+from orchestrator.cli_work import run_demo
+from orchestrator.store import Store
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -177,6 +182,10 @@ def test_rows_answer_in_every_format(results: Path, tmp_path: Path) -> None:
     succeeded(*common, "--format", "parquet", "--output", str(tmp_path / "rows.parquet"))
     assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows
     assert "6 rows" in succeeded(*common).stdout
+    odd = "select sum(episodes) as n, list(task order by task) as tasks, 'nan'::double as none from scores"
+    (row,) = json.loads(succeeded("query", odd, "--results", str(results), "--format", "json").stdout)
+    assert row == {"n": 12, "tasks": ["halfcheetah"] * 3 + ["walker2d"] * 3, "none": None}
+    assert '""halfcheetah""' in succeeded("query", odd, "--results", str(results), "--format", "csv").stdout
     declared = "select labels, evaluation in (select evaluation from episodes) as there from experiments"
     points = json.loads(succeeded("query", declared, "--results", str(results), "--format", "json").stdout)
     assert len(points) == 6
@@ -193,6 +202,51 @@ def test_a_sweep_reuses_the_experts_and_the_ends(results: Path, tmp_path: Path) 
     assert "training" not in done.stderr.split("stored")[0]
     with Image.open(figure) as image:
         assert image.format == "PNG"
+
+
+@pytest.mark.slow
+def test_the_mean_of_several_sources_with_what_is_kept(results: Path) -> None:
+    """Two experts of three are there; the baseline, too."""
+    asked = ("--target", "walker2d", "--source", "halfcheetah", "--source", "hopper", "--group", "layernorm")
+    done = succeeded("sweep", *asked, "--profile", "smoke", "--results", str(results))
+    assert "α = mean" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "mean" in line and "halfcheetah+hopper" in line)
+    assert line.count("[") == 2  # score and retention, each with its interval
+
+
+@pytest.mark.slow
+def test_the_demo_shows_draws_films_and_reuses(tmp_path: Path) -> None:
+    store, films = Store(tmp_path / "results"), list[dict[Path, int]]()
+    for _ in range(2):
+        with console.capture() as shown:
+            run_demo(store, "local", None, profile="smoke")
+        told = shown.get()
+        assert "Try next" in told
+        assert f"rows:   {store.tables}" in told
+        films.append({path: path.stat().st_mtime_ns for path in store.root.rglob("*.webp")})
+        (film,) = films[-1]
+        assert str(film) in told
+        assert (store.root / "demo" / "demo.png").is_file()
+    assert films[0] == films[1]
+
+
+@pytest.mark.slow
+def test_a_recording_by_several_processes_is_the_one_by_one(tmp_path: Path) -> None:
+    asked = ("--task", "hopper", "--quality", "medium", "--episodes", "30", "--seed", "4")
+    done = succeeded("data", "record", *asked, "--results", str(tmp_path / "results"))
+    record("hopper", "medium", 30, 4, tmp_path / "alone")
+    alone = load_recorded("hopper", "medium", 30, 4, tmp_path / "alone")
+    assert alone.content_hash[:12] in done.stdout
+    longest = succeeded(
+        "data", "describe", "--task", "hopper", "--quality", "medium", "--seed", "4", "--results",
+        str(tmp_path / "results"),
+    )  # fmt: skip
+    assert alone.content_hash[:12] in longest.stdout
+    data = next((tmp_path / "results").rglob("main_data.hdf5"))
+    data.write_bytes(data.read_bytes()[:1000])
+    listed = succeeded("data", "list", "--results", str(tmp_path / "results")).stdout
+    assert "damaged" in listed
+    assert "record it again" in listed
 
 
 @pytest.mark.slow

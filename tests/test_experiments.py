@@ -1,11 +1,15 @@
 """The experiments as declarations: they ask exactly what the paper asked, and share what can be shared."""
 
+import pickle
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from dt.data.trajectories import Trajectories, concatenate
 from dt.errors import UserError
 from dt.merging.groups import parameters_of
 from dt.merging.groups import units as units_of
@@ -13,8 +17,11 @@ from experiments._units import kind_of
 from orchestrator.answers import baseline, select
 from orchestrator.data_choice import choose_data
 from orchestrator.experiment import Figure, Point, Setting, experiments, get_experiment, merged
+from orchestrator.making import load_dataset
 from orchestrator.profiles import PROFILES, get_profile
-from orchestrator.recipes import Evaluate, Merge, Perturb, Train, trained
+from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Train, trained
+from orchestrator.store import Store
+from tests.toy import noise
 
 LAPTOP = Setting(get_profile("laptop"), choose_data("recorded"))
 ONE_SEED = Setting(get_profile("laptop").with_seeds([0]), choose_data("recorded"))
@@ -135,6 +142,37 @@ def test_the_return_target_follows_the_data(tmp_path: object) -> None:
     imported = choose_data("/data/{task}-{quality}-v2.hdf5")
     assert [imported.target_return(task) for task in ("hopper", "halfcheetah", "walker2d")] == [3600, 12000, 5000]
     assert choose_data("recorded").target_return("hopper") == "best"
+
+
+def test_medium_expert_of_others_is_a_file_of_its_own_or_both(tmp_path: Path) -> None:
+    template = str(tmp_path / "{task}_{quality}-v2.pkl")
+    parts = {"medium": noise("hopper", seed=1), "expert": noise("hopper", seed=2)}
+    for quality, data in parts.items():
+        write_pickle(tmp_path / f"hopper_{quality}-v2.pkl", data)
+    both = choose_data(template).dataset("hopper", "medium-expert", ONE_SEED.profile)
+    loaded = load_dataset(both, Store(tmp_path))
+    assert loaded.content_hash == concatenate(list(parts.values())).content_hash
+    assert loaded.episodes == 8
+    write_pickle(tmp_path / "hopper_medium_expert-v2.pkl", noise("hopper", seed=3))
+    own = choose_data(template).dataset("hopper", "medium-expert", ONE_SEED.profile)
+    assert isinstance(own, Imported)
+    assert own.source.endswith("hopper_medium_expert-v2.pkl")
+    assert own.quality == both.quality == "medium-expert"
+
+
+def write_pickle(path: Path, data: Trajectories) -> None:
+    """As the original code keeps its data."""
+    episodes = [
+        {
+            "observations": data.observations[start:stop],
+            "next_observations": data.observations[start:stop],
+            "actions": data.actions[start:stop],
+            "rewards": data.rewards[start:stop],
+            "terminals": np.arange(start, stop) == stop - 1,
+        }
+        for start, stop in pairwise(data.offsets)
+    ]
+    path.write_bytes(pickle.dumps(episodes))
 
 
 @pytest.mark.parametrize(

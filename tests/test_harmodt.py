@@ -15,7 +15,8 @@ from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.flat import entries, flattened, unflattened
-from dt.model.policy import Policy, load_policy, save_policy, trunk_shapes
+from dt.model.policy import Policy, load_policy, save_policy
+from dt.model.shapes import trunk_shapes
 from dt.tasks import get_task
 from dt.training import masks
 from dt.training.harmodt import HarmonyObjective, swap_count, train_harmodt, worth

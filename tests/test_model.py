@@ -13,7 +13,8 @@ from dt.errors import UserError
 from dt.merging.groups import parameters_of, trunk_parameters
 from dt.model.architecture import GPT2_SMALL, Architecture
 from dt.model.decision_transformer import DecisionTransformer
-from dt.model.policy import Policy, load_policy, save_policy, trunk_shapes
+from dt.model.policy import Policy, load_policy, save_policy
+from dt.model.shapes import trunk_shapes
 from dt.model.trunk import Trunk
 from dt.tasks import get_task
 

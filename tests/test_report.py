@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -246,8 +247,25 @@ def test_experts_are_compared_with_their_data(papers_world: Store) -> None:
 def test_missing_rows_give_no_numbers(tmp_path: Path) -> None:
     found = answered(Store(tmp_path), "figure_3")
     assert len(found.missing) == len({point.evaluation.id for point in found.points})
-    assert found.cells == ()
+    assert not found.begun
+    assert all(cell.estimates == {} and cell.episodes == 0 for cell in found.cells)
     assert found.judge(found.experiment.claims[0]) is None
+
+
+def test_what_is_there_of_an_experiment_is_shown(papers_world: Store) -> None:
+    """Without one evaluation: its cell is empty, claims that need it cannot be computed, all else is as before."""
+    whole = answered(papers_world, "figure_3")
+    gone = next(p.evaluation.id for p in whole.points if p.labels["alpha"] == 1)
+    part = replace(whole, rows={name: rows for name, rows in whole.rows.items() if name != gone})
+    assert part.missing == {gone}
+    empty = [cell for cell in part.cells if not cell.estimates]
+    assert len(empty) == 1
+    assert empty[0].labels["alpha"] == 1
+    for cell, before in zip(part.cells, whole.cells, strict=True):
+        assert cell is empty[0] or cell.estimates["retention"].value == before.estimates["retention"].value
+    verdicts = [part.judge(claim) for claim in part.experiment.claims]
+    assert None in verdicts
+    assert any(verdicts)
 
 
 # --- the paper's numbers -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ An episode depends on nothing but (task, quality, seed, its number), so a datase
 record it, in whatever chunks and order, and a longer one begins with the shorter one.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from minari.data_collector import EpisodeBuffer
 
 CHUNK = 25  # episodes recorded together: enough to share the cost of Python, few enough to keep every worker busy
+
+EPISODE_BYTES = 64_000  # of HDF5's own, for an episode, at most
 
 _PARTS = {"medium": ("medium",), "expert": ("expert",), "medium-expert": ("medium", "expert")}
 
@@ -138,6 +141,7 @@ def write_recording(trajectories: Trajectories, task: str, quality: str, episode
     if path.is_dir():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(root, trajectories)
     # Minari's listings skip hidden folders. The storage is made by its path: `create_dataset_from_buffers` knows its
     # root only through an environment variable, which would be everyone's.
     with tempfile.TemporaryDirectory(prefix=".recording-", dir=root) as temporary:
@@ -159,6 +163,15 @@ def write_recording(trajectories: Trajectories, task: str, quality: str, episode
             if not path.is_dir():
                 raise
     return path
+
+
+def _check_room(folder: Path, trajectories: Trajectories) -> None:
+    """Raises OSError when the disk is too full for a recording: HDF5 itself takes the process down when it is."""
+    arrays = (trajectories.observations, trajectories.actions, trajectories.rewards, trajectories.terminated)
+    size = 2 * sum(array.nbytes for array in arrays) + EPISODE_BYTES * trajectories.episodes
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _episode_buffers(trajectories: Trajectories, seed: int) -> Iterator["EpisodeBuffer"]:

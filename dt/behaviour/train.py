@@ -183,7 +183,7 @@ def write_policy(folder: Path, task: Task, quality: str, checkpoint: Checkpoint,
         temporary.replace(folder / f"{task.name}-{quality}.{suffix}")
 
 
-def _show(checkpoint: Checkpoint) -> None:
+def show_progress(checkpoint: Checkpoint) -> None:
     numbers = checkpoint.evaluation["stochastic"]
     print(
         f"{checkpoint.steps} steps: return {numbers['mean_return']} ± {numbers['std_return']}, score {numbers['score']}"
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     settings = Settings(algorithm=given.algorithm, steps=given.steps, seed=given.seed)
     try:
-        train_behaviour_policies(get_task(given.task), given.medium_return, given.folder, settings, _show)
+        train_behaviour_policies(get_task(given.task), given.medium_return, given.folder, settings, show_progress)
     except UserError as error:
         parser.exit(2, f"{error}\n")
 

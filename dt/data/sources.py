@@ -29,6 +29,7 @@ from dt.errors import UserError
 from dt.tasks import Task, get_task
 
 _MINARI_ID = re.compile(r"[-\w]+(/[-\w]+)*-v\d+")
+AND = " + "  # between the sources of one dataset
 _OFFLINE_TIMEOUT = 3.0  # seconds a connection to the hub may take before we call it unreachable
 
 
@@ -74,9 +75,11 @@ def load_imported(source: str, task: str, root: Path | None = None) -> Trajector
 
     `source` is a path to D4RL's `.hdf5` (`.h5`) or to the original code's `.pkl` (`.pickle`), or a Minari id such as
     `mujoco/hopper/expert-v0`. An id is looked up under `root`, then in Minari's own folder, and downloaded to the first
-    of these that applies when neither has it. Raises UserError when the source cannot be found, fetched or read, or
-    does not fit the task.
+    of these that applies when neither has it. Several joined by ` + ` follow each other. Raises UserError when the
+    source cannot be found, fetched or read, or does not fit the task.
     """
+    if AND in source:
+        return concatenate([load_imported(part, task, root) for part in source.split(AND)])
     settings = get_task(task)
     match Path(source).suffix.lower():
         case ".hdf5" | ".h5":

@@ -20,7 +20,7 @@ from dt.files import opened, under, write_atomically
 from dt.language.clusters import CLUSTERS, cluster_centres
 from dt.language.hub import downloaded
 from dt.model.architecture import Activation, Architecture
-from dt.model.policy import trunk_shapes
+from dt.model.shapes import trunk_shapes
 from dt.model.trunk import LAYER_NORM_EPS, Trunk
 
 FORMAT = "mergedt-language-1"

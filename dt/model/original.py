@@ -24,7 +24,8 @@ from torch import Tensor
 from dt.errors import UserError
 from dt.model.architecture import BASE, Architecture
 from dt.model.decision_transformer import Head
-from dt.model.policy import STATISTICS, Policy, trunk_shapes
+from dt.model.policy import STATISTICS, Policy
+from dt.model.shapes import trunk_shapes
 from dt.tasks import Task, get_task
 
 _PACKAGES = ("decision_transformer.", "lm_cotraining.", "torch.nn.modules.", "transformers.")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dt.errors import UserError
 from dt.files import opened, write_atomically
-from dt.merging.groups import trunk_parameters
 from dt.model.architecture import Architecture
-from dt.tasks import Task, get_task
+from dt.model.shapes import head_shapes, trunk_shapes
+from dt.tasks import get_task
 
 FORMAT = "mergedt-policy-1"
 STATISTICS = ("state_mean", "state_std", "best_return")  # in a head, but not trained
@@ -87,42 +87,6 @@ class Policy:
     ) -> Policy:
         """The inverse of `arrays`, sharing memory with them."""
         return _unflat({name: torch.from_numpy(array) for name, array in arrays.items()}, architecture)
-
-
-def trunk_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Parameter name → shape, in depth order."""
-    d, inner = architecture.width, architecture.mlp_width
-    fc = 2 * inner if architecture.activation == "geglu" else inner
-    weight = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, fc), "mlp.c_proj": (inner, d)}
-
-    def shape(name: str) -> tuple[int, ...]:
-        module, kind = name.rsplit(".", 1)
-        module = module.removeprefix("h.").split(".", 1)[-1]  # "h.0.attn.c_attn" → "attn.c_attn"
-        if module not in weight:
-            return (d,)
-        return weight[module] if kind == "weight" else weight[module][-1:]
-
-    return {name: shape(name) for name in trunk_parameters(architecture)}
-
-
-def head_shapes(task: Task, width: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape of a task's head, statistics included."""
-    return {
-        "embed_return.weight": (width, 1),
-        "embed_return.bias": (width,),
-        "embed_state.weight": (width, task.state_dim),
-        "embed_state.bias": (width,),
-        "embed_action.weight": (width, task.action_dim),
-        "embed_action.bias": (width,),
-        "embed_ln.weight": (width,),
-        "embed_ln.bias": (width,),
-        "embed_timestep.weight": (task.horizon, width),
-        "predict_action.weight": (task.action_dim, width),
-        "predict_action.bias": (task.action_dim,),
-        "state_mean": (task.state_dim,),
-        "state_std": (task.state_dim,),
-        "best_return": (),
-    }
 
 
 def save_policy(policy: Policy, path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -1,13 +1,12 @@
 """How large a policy is, counted as the paper counts and counted in full."""
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from dt.frozen import Frozen
-from dt.model.architecture import Architecture
-from dt.model.policy import STATISTICS, Policy, trunk_shapes
+from dt.model.policy import STATISTICS, Policy
+from dt.model.shapes import block_parameters
 
 BITS = 32  # of a stored parameter
 
@@ -43,15 +42,6 @@ def size_of(policy: Policy) -> Size:
         mask_bits=sum(map(_count, masks)),
         transformer=blocks_with_masks / block_parameters(policy.architecture),
     )
-
-
-def block_parameters(architecture: Architecture) -> int:
-    """Parameters of all blocks of one trunk, without the final layer norm.
-
-    >>> block_parameters(Architecture())
-    594816
-    """
-    return sum(math.prod(shape) for name, shape in trunk_shapes(architecture).items() if name.startswith("h."))
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str = "") -> int:

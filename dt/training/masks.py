@@ -16,7 +16,8 @@ from torch import Tensor
 from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.model.flat import Shapes, entries, flattened
-from dt.model.policy import Policy, trunk_shapes
+from dt.model.policy import Policy
+from dt.model.shapes import trunk_shapes
 
 
 def masked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

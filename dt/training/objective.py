@@ -16,7 +16,8 @@ from dt.data.windows import Batch, Windows
 from dt.errors import UserError
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer, Prediction
-from dt.model.policy import Policy, trunk_shapes
+from dt.model.policy import Policy
+from dt.model.shapes import trunk_shapes
 from dt.tasks import Task, get_task
 from dt.training.loop import Objective, TrainingState, in_precision, initialised
 from dt.training.optimisation import Optimisation
