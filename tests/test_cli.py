@@ -205,13 +205,16 @@ def test_a_sweep_reuses_the_experts_and_the_ends(results: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_mean_of_several_sources_with_what_is_kept(results: Path) -> None:
-    """Two experts of three are there; the baseline, too."""
-    asked = ("--target", "walker2d", "--source", "halfcheetah", "--source", "hopper", "--group", "layernorm")
+def test_the_mean_of_several_sources_is_shown_beside_the_policy_it_is_a_share_of(results: Path, tmp_path: Path) -> None:
+    """Two experts of three are there; the third is trained, and evaluated unmerged, too."""
+    results = shutil.copytree(results, tmp_path / "results")
+    asked = ("--target", "hopper", "--source", "halfcheetah", "--source", "walker2d", "--group", "layernorm")
     done = succeeded("sweep", *asked, "--profile", "smoke", "--results", str(results))
+    assert "halfcheetah+walker2d" in done.stdout
     assert "α = mean" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if "mean" in line and "halfcheetah+hopper" in line)
-    assert line.count("[") == 2  # score and retention, each with its interval
+    sql = "select kind, method from scores where task = 'hopper' order by kind"
+    rows = json.loads(succeeded("query", sql, "--results", str(results), "--format", "json").stdout)
+    assert rows == [{"kind": "merge", "method": "mean"}, {"kind": "train", "method": None}]
 
 
 @pytest.mark.slow
