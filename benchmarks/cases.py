@@ -54,7 +54,7 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
     policy = train({TASK.name: data}, BASE, Optimisation(), seed=0).result()
     other = train({TASK.name: data}, BASE, Optimisation(), seed=1).result()
     short = TASK.model_copy(update={"horizon": 60})
-    literal = LiteralEvaluation(TASK, LiteralTraining(TASK, data, BASE).model, data)
+    literal = LiteralEvaluation(TASK, policy)
     crowd: Mapping[str, list[Policy]] = {"1 policy": [policy], "4 policies": [policy, other] * 2}
     for precision, dtype in DTYPES.items():
         for name, policies in crowd.items():

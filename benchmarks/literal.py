@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2Model
 from dt.data.trajectories import Trajectories
 from dt.files import under
 from dt.model.architecture import Architecture
-from dt.model.policy import Policy
+from dt.model.policy import STATISTICS, Policy
 from dt.tasks import Task
 
 SCALE, CONTEXT, HORIZON = 1000.0, 20, 1000
@@ -41,6 +41,17 @@ class LiteralModel(nn.Module):
         self.embed_return, self.embed_state = nn.Linear(1, d), nn.Linear(task.state_dim, d)
         self.embed_action, self.embed_ln = nn.Linear(task.action_dim, d), nn.LayerNorm(d)
         self.predict_action = nn.Sequential(nn.Linear(d, task.action_dim), nn.Tanh())
+
+    @classmethod
+    def of(cls, policy: Policy, task: Task) -> LiteralModel:
+        """One with the weights of one of our policies: the names are GPT-2's and our head's."""
+        model = cls(task, policy.architecture)
+        head = {name: tensor for name, tensor in policy.heads[task.name].items() if name not in STATISTICS}
+        state = {f"trunk.{name}": tensor for name, tensor in policy.trunk.items()} | head
+        named = {name.replace("predict_action.", "predict_action.0."): tensor for name, tensor in state.items()}
+        unused = {"trunk.wte.weight", "trunk.wpe.weight"}
+        assert set(model.load_state_dict(named, strict=False).missing_keys) == unused
+        return model
 
     def forward(self, states: Tensor, actions: Tensor, rtg: Tensor, timesteps: Tensor, mask: Tensor) -> Tensor:
         """(B, K, ·) → (B, K, A)."""
@@ -96,7 +107,7 @@ class LiteralTraining:
         return {"model": self.model, "optimiser": self._optimiser, "schedule": self._schedule}
 
     def policy(self) -> Policy:
-        """What has been trained so far as one of our policies: the names are GPT-2's and our head's."""
+        """What has been trained so far as one of our policies."""
         state = {name.replace("predict_action.0.", "predict_action."): t for name, t in self.model.state_dict().items()}
         trunk = {name: tensor.clone() for name, tensor in under("trunk.", state).items() if name != "wpe.weight"}
         head = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("trunk.")}
@@ -128,9 +139,12 @@ class LiteralTraining:
 class LiteralEvaluation:
     """One environment, one action at a time."""
 
-    def __init__(self, task: Task, model: LiteralModel, data: Trajectories) -> None:
-        self._task, self._model, self._mean, self._std = task, model.eval(), data.state_mean, data.state_std
-        self._wanted = float(data.returns.max())
+    def __init__(self, task: Task, policy: Policy) -> None:
+        """With the weights, the state statistics and the best return of one of our policies."""
+        head = policy.heads[task.name]
+        self._task, self._model = task, LiteralModel.of(policy, task).eval()
+        self._mean, self._std = head["state_mean"].numpy(), head["state_std"].numpy()
+        self._wanted = float(head["best_return"])
         self._environment = gymnasium.make(task.environment)
 
     @torch.no_grad()

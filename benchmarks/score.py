@@ -93,7 +93,7 @@ def literal_seconds(
         write_atomically(saved, buffer.getvalue())
         console.print(f"{task.name}: {training.steps:,} steps in {seconds / 60:.0f} min")
     began = time.perf_counter()
-    evaluation = LiteralEvaluation(task, training.model, data)
+    evaluation = LiteralEvaluation(task, training.policy())
     mean = sum(evaluation.episode(SEED + i) for i in range(EPISODES)) / EPISODES
     console.print(f"{task.name}: a return of {mean:.0f} after {training.steps:,} steps, by its own evaluation")
     return seconds + time.perf_counter() - began

@@ -1,6 +1,7 @@
 """The field's way, which benchmarks compare with, is the same policy as ours."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ from dt.behaviour.record import record_chunk
 from dt.model.architecture import Architecture
 from dt.rollout.evaluate import evaluate
 from dt.tasks import get_task
+from orchestrator.data_choice import choose_data
+from orchestrator.experiment import Setting
+from orchestrator.profiles import get_profile
+from orchestrator.store import Store
 
 SMALL = Architecture(width=16, layers=2)
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.parametrize("task", ["hopper", "halfcheetah"])
@@ -22,9 +28,26 @@ def test_the_literal_way_returns_what_our_rollouts_of_its_weights_return(task: s
     training = LiteralTraining(get_task(task), data, SMALL)
     for _ in range(3):
         training.step()
-    literal = LiteralEvaluation(get_task(task), training.model, data)
+    literal = LiteralEvaluation(get_task(task), training.policy())
     (ours,) = evaluate([training.policy()], short, episodes=2, seed=5)
     assert ours.returns == pytest.approx([literal.episode(seed, 30) for seed in (5, 6)], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "tolerance"), [("hopper", 0.02), ("halfcheetah", 0.05)])
+def test_a_trained_policy_returns_the_same_over_whole_episodes(task: str, tolerance: float) -> None:
+    """The committed experts, a thousand steps each: floats part on the way, what is reached does not."""
+    setting, store = Setting(get_profile("laptop"), choose_data("recorded")), Store(RESULTS)
+    recipe = setting.expert(task, 0)
+    if not store.has(recipe):
+        pytest.skip("the committed policies are not here")
+    policy = store.load_policy(recipe)
+    (ours,) = evaluate([policy], get_task(task), episodes=3, seed=0)
+    literal = LiteralEvaluation(get_task(task), policy)
+    assert ours.returns.mean() == pytest.approx(sum(literal.episode(seed) for seed in range(3)) / 3, rel=tolerance)
+    short = get_task(task).model_copy(update={"horizon": 20})
+    (begun,) = evaluate([policy], short, episodes=3, seed=0)
+    assert begun.returns == pytest.approx([literal.episode(seed, 20) for seed in range(3)], rel=1e-3)
 
 
 def test_literal_training_goes_on_where_it_was() -> None:
