@@ -10,6 +10,7 @@ from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, m
 ALPHA = 0.5
 PAIRS = (("hopper", "halfcheetah"), ("halfcheetah", "hopper"))  # (target, source): the paper's left and right panel
 CLOSE_TO_ZERO = 0.1
+STANDS = "the reward. Hopper is paid for every step on which it stands: one that falls slowly keeps a part of its score."
 
 
 def points(setting: Setting) -> Iterator[Point]:
@@ -57,6 +58,7 @@ EXPERIMENT = Experiment(
                 terms=((1, {"whole": "yes", "target": target}),),
                 expected="at most",
                 bound=CLOSE_TO_ZERO,
+                likely=STANDS if target == "hopper" else "",
             )
             for target, source in PAIRS
         ),

@@ -6,6 +6,10 @@ from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, PAIRS
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, Where, merged
 
 STILL_GOOD = 0.5  # "but we still see good results": at least half of the score
+IDLE = (
+    "data and budget. Attention that does little does little harm elsewhere and can be done without: in our rows of "
+    "Table I that is Hopper's, and Walker2d's matters; in the paper's it is the other way round."
+)
 
 
 def points(setting: Setting) -> Iterator[Point]:
@@ -45,6 +49,7 @@ EXPERIMENT = Experiment(
                 terms=((1, {"target": target, "source": source, "alpha": 1.0}),),
                 expected="at least",
                 bound=LITTLE_DECREASE,
+                likely=IDLE,
             )
             for target, source in (("walker2d", "halfcheetah"), ("halfcheetah", "walker2d"))
         ),
@@ -53,6 +58,7 @@ EXPERIMENT = Experiment(
             terms=((1, _WITHOUT_HOPPER), (-1, _WITH_HOPPER)),
             expected="at least",
             bound=0.0,
+            likely=IDLE,
         ),
         Claim(
             statement="the pairs with hopper still give good results (α = 1)",
@@ -65,6 +71,7 @@ EXPERIMENT = Experiment(
             terms=((1, {"target": "hopper", "source": "halfcheetah", "alpha": 0.5}),),
             expected="about",
             bound=0.79,
+            likely=IDLE,
         ),
         Claim(
             statement="halfcheetah keeps 98 % at α = 0.5 with hopper's attention (Table II, Attention (M))",

@@ -16,6 +16,12 @@ ONES = (
     "out again: “identity” is “removed”, and where the paper's columns differ it is noise (and rounding)."
 )
 
+LATE = (
+    "data and budget. Where the data holds one behaviour, the present state tells the next action, and what attention "
+    "adds is learned late, if at all (see `budget`); where it holds two, only the past tells them apart."
+)
+OTHER_DATA = "data. Which policies lean on their past depends on the behaviours recorded, and these are not D4RL's."
+
 
 def points(setting: Setting) -> Iterator[Point]:
     """Nine single-task policies as trained, then under three perturbations each."""
@@ -39,6 +45,7 @@ def _perturbed(task: str, quality: Quality, statement: str, decreases: bool) -> 
         terms=((1, {"task": task, "quality": quality, "attention": PERTURBATIONS}),),
         expected="at most" if decreases else "at least",
         bound=LITTLE_DECREASE,
+        likely=LATE if decreases else OTHER_DATA,
     )
 
 

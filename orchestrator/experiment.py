@@ -77,6 +77,7 @@ class Claim:
 
     `at least` and `at most` agree when the whole interval is on that side of the bound and disagree when all of it is
     on the other; else they are inconclusive. `about` agrees when the paper's own number lies in the interval.
+    likely: why our rows may disagree, shown only where they do.
     """
 
     statement: str
@@ -84,6 +85,7 @@ class Claim:
     expected: Literal["at least", "at most", "about"]
     bound: float
     value: Measure = "retention"
+    likely: str = ""
 
 
 @dataclass(frozen=True)

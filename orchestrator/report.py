@@ -20,6 +20,7 @@ from orchestrator.store import Store
 from orchestrator.tables import Tables
 
 NAME = "README.md"
+APART = "≠"
 
 
 def write_report(experiments: Sequence[Experiment], setting: Setting, store: Store, folder: Path, command: str) -> Path:
@@ -213,21 +214,28 @@ def _wide_table(each: Answer, show: Table) -> str:
     for cell in each.cells:
         paper = paper_value(each.experiment, cell)
         ours = number(cell.estimates.get(show.value), show.value)
+        if paper is not None:
+            ours += f"<br>**paper {plain(paper, show.value)}**{' ' + APART if apart(each.experiment, cell) else ''}"
         key = tuple(spell(name, cell.labels[name]) for name in show.rows)
-        cells = lines.setdefault(key, {})
-        cells[cell.labels[show.column]] = ours if paper is None else f"{ours}<br>**paper {plain(paper, show.value)}**"
+        lines.setdefault(key, {})[cell.labels[show.column]] = ours
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
-    return markdown_table(
+    written = markdown_table(
         header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines.items())
     )
+    verdicts = [found for cell in each.cells if (found := apart(each.experiment, cell)) is not None]
+    many = f"{sum(verdicts)} of {len(verdicts)} cells"
+    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many})." if verdicts else written
 
 
 def _agreement(each: Answer) -> str:
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
+    reasons: dict[str, list[str]] = {}
     for claim in each.experiment.claims:
         found = each.judge(claim)
         observed, said = (number(found[0], claim.value), f"**{found[1]}**") if found else ("–", "cannot be computed")
         rows.append((claim.statement, expected(claim), observed, said))
+        if found and found[1] == "disagrees" and claim.likely:
+            reasons.setdefault(claim.likely, []).append(claim.statement)
     title = "Agreement with the paper" if each.experiment.paper else "Expected"
     order = ordering(each)
     tau = (
@@ -235,7 +243,9 @@ def _agreement(each: Answer) -> str:
         if order
         else ""
     )
-    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows) + tau
+    why = "".join(f"\n* {'; '.join(statements)}: {reason}" for reason, statements in reasons.items())
+    why = f"\n\nWhere ours disagree, the likely reason:\n{why}" if why else ""
+    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows) + why + tau
 
 
 def expected(claim: Claim) -> str:
@@ -261,6 +271,15 @@ def paper_value(experiment: Experiment, cell: Cell) -> float | None:
         if (printed.experiment, printed.metric) == (experiment.name, experiment.show.value) and place <= values:
             return printed.value
     return None
+
+
+def apart(experiment: Experiment, cell: Cell) -> bool | None:
+    """Whether the paper's number lies outside our interval; None where one of them is missing."""
+    paper, ours = paper_value(experiment, cell), cell.estimates.get(experiment.show.value)
+    if paper is None or ours is None:
+        return None
+    low, high = ours.interval
+    return not low <= paper <= high
 
 
 def ordering(each: Answer) -> tuple[float, int] | None:

@@ -87,6 +87,9 @@ def as_the_paper(experiment: str, point: Point) -> float:
         case "table_1":
             lost = labels["task"] == "hopper" or labels["quality"] == "medium-expert"
             return 0.6 if lost else 1.0
+        case "budget":
+            more = 0.1 * float(labels["budget"])
+            return 0.9 - more if labels["policy"] == "without attention" else 0.5 + more
         case "regularisation":
             return 0.5 + 100 * float(labels["distance"])
         case _:
@@ -357,6 +360,22 @@ def test_the_page_shows_every_experiment(page: tuple[str, Path]) -> None:
     assert "normalised with D4RL's reference returns" in text
     assert "**paper 88.6**" in text
     assert "disagrees" not in text.split("## Table I")[1]
+    assert "likely reason" not in text
+
+
+def test_where_the_paper_is_contradicted_the_page_says_so_and_why(tmp_path: Path) -> None:
+    def attention_is_idle(experiment: str, point: Point) -> float:
+        return 1.0 if experiment == "table_1" else as_the_paper(experiment, point)
+
+    table_1 = get_experiment("table_1")
+    reason = next(claim.likely for claim in table_1.claims if claim.likely)
+    store = world(tmp_path, attention_is_idle)
+    text = write_report([table_1], SETTING, store, tmp_path / "report", "").read_text()
+    assert "**disagrees**" in text
+    assert reason in text
+    assert "**paper 67.1** ≠" in text  # ours: 90 ± 2
+    assert "**paper 90.1** ≠" not in text
+    assert "of 36 cells)" in text
 
 
 def test_the_page_links_to_its_sections(page: tuple[str, Path]) -> None:
