@@ -10,7 +10,7 @@ from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, m
 ALPHA = 0.5
 PAIRS = (("hopper", "halfcheetah"), ("halfcheetah", "hopper"))  # (target, source): the paper's left and right panel
 CLOSE_TO_ZERO = 0.1
-STANDS = "the reward. Hopper is paid for every step on which it stands: one that falls slowly keeps a part of its score."
+STANDS = "the reward. Hopper is paid for every step on which it stands: who falls slowly keeps some of its score."
 
 
 def points(setting: Setting) -> Iterator[Point]:

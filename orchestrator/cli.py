@@ -109,7 +109,7 @@ def run(
     compute(chosen, setting, Store(results), address, workers)
     show_answers(chosen, setting, Store(results))
     options = repeat_options(profile, data, seeds, results, init, text)
-    console.print(f"rows:    {results / 'tables'}", soft_wrap=True, highlight=False)
+    console.print(f"rows:    {Store(results).place.address_at('tables')}", soft_wrap=True, highlight=False)
     console.print(f"figures: mergedt report {' '.join(names)} {options}", soft_wrap=True, highlight=False)
 
 
@@ -243,25 +243,27 @@ def query(
 ) -> None:
     """Ask the tables in SQL."""
     from orchestrator.cli_query import FORMS, write_rows
-    from orchestrator.tables import Tables  # Arrow takes a second to import
 
     if form not in FORMS:
         raise unknown("format", form, FORMS)
     if form == "parquet" and output is None:
         raise UserError("Parquet is binary: name a file with --output rows.parquet")
-    write_rows(Tables(Store(results).tables).query(sql), form, output)
+    write_rows(Store(results).open_tables().query(sql), form, output)
 
 
 @app.command()
 def policies(results: ResultsOption = RESULTS) -> None:
     """The policies there are, with their mean scores."""
     from orchestrator.cli_query import write_rows
-    from orchestrator.tables import Tables
 
-    rows = Tables(Store(results).tables).query(
-        'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
-        "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
-        "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
+    rows = (
+        Store(results)
+        .open_tables()
+        .query(
+            'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
+            "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
+            "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
+        )
     )
     write_rows(rows, "table", None)
 
@@ -326,10 +328,11 @@ def report(
     from orchestrator.report import write_report
 
     setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names or ["all"])
-    folder = output or results / "report"
-    path = write_report(
-        chosen, setting, Store(results), folder, repeat_options(profile, data, seeds, results, init, text)
-    )
+    store = Store(results)
+    folder = output or store.root / "report"
+    path = write_report(chosen, setting, store, folder, repeat_options(profile, data, seeds, results, init, text))
+    if output is None:
+        store.place.push(folder)
     console.print(str(path), soft_wrap=True, highlight=False)
 
 
@@ -337,14 +340,13 @@ def report(
 def compact(results: ResultsOption = RESULTS) -> None:
     """Rewrite the tables as one Parquet file each: for a repository, and to read faster."""
     from orchestrator.declarations import declare_paper
-    from orchestrator.tables import Tables
 
     store = Store(results)
     with store.lock():
-        tables = Tables(store.tables)
+        tables = store.open_tables()
         declare_paper(tables)
         tables.compact()
-    console.print(f"tables: {store.tables}")
+    console.print(f"tables: {store.place.address_at('tables')}")
 
 
 @app.command()

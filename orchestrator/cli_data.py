@@ -48,7 +48,9 @@ def list_(results: ResultsOption = RESULTS) -> None:
     from dt.data.description import describe, list_recordings
     from dt.data.sources import load_recorded
 
-    root, damaged = Store(results).datasets, list[str]()
+    store, damaged = Store(results), list[str]()
+    root = store.datasets
+    store.place.fetch(root)
     table = RichTable("task", "quality", "episodes", "seed", "steps", "mean return", "score", "content")
     for entry in list_recordings(root):
         which = (entry.task, entry.quality, str(entry.episodes), str(entry.seed), f"{entry.steps:,}")
@@ -96,6 +98,7 @@ def _longest(task: str, quality: Quality, seed: int, store: Store) -> int:
     from dt.behaviour.record import parts_of
     from dt.data.description import list_recordings
 
+    store.place.fetch_named(store.datasets, ["metadata.json"])
     found = [entry for entry in list_recordings(store.datasets) if (entry.task, entry.seed) == (task, seed)]
     lengths = [{entry.episodes for entry in found if entry.quality == part} for part in parts_of(quality)]
     if common := set.intersection(*lengths):
@@ -108,10 +111,9 @@ def _longest(task: str, quality: Quality, seed: int, store: Store) -> int:
 
 def _describe_recording(recording: Recording, store: Store) -> object:
     from dt.data.description import describe as describe_trajectories
-    from dt.data.sources import load_recorded
+    from orchestrator.making import load_dataset
 
-    loaded = load_recorded(recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
-    return describe_trajectories(loaded, get_task(recording.task))
+    return describe_trajectories(load_dataset(recording, store), get_task(recording.task))
 
 
 def _show_description(description: object) -> None:

@@ -4,7 +4,6 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from dt.errors import UserError
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.profiles import get_profile
+from orchestrator.store import Store
 
 _LOG_WIDTH = 160  # of a table in a log or a pipe, where there is no terminal whose width to take
 
@@ -30,8 +30,12 @@ log = _console(stderr=True)
 
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help="The budget: see `mergedt list`.")]
 ResultsOption = Annotated[
-    Path,
-    typer.Option("--results", envvar="MERGEDT_RESULTS", help="Folder of artefacts and tables; shared, on a cluster."),
+    str,
+    typer.Option(
+        "--results",
+        envvar="MERGEDT_RESULTS",
+        help="Artefacts and tables: a folder (on a cluster, one that all nodes share), or s3://bucket/prefix, gs://….",
+    ),
 ]
 DataOption = Annotated[
     str,
@@ -57,7 +61,7 @@ TextOption = Annotated[
     typer.Option("--text", help="What language models are pre-trained on: a folder, or hf:<dataset>/<configuration>."),
 ]
 
-RESULTS = Path("results")
+RESULTS = "results"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _EXIT_MISTAKE, _EXIT_INTERRUPTED = 2, 130
@@ -114,13 +118,13 @@ def integers(text: str, option: str) -> tuple[int, ...]:
 
 
 def setting_of(
-    profile: str, data: str, seeds: str | None, results: Path, init: str | None = None, text: str | None = None
+    profile: str, data: str, seeds: str | None, results: str, init: str | None = None, text: str | None = None
 ) -> Setting:
     """The setting that the options describe."""
     chosen = get_profile(profile).begun_as(init, text)
     if seeds is not None:
         chosen = chosen.with_seeds(integers(seeds, "--seeds"))
-    return Setting(chosen, choose_data(data, results / "datasets"))
+    return Setting(chosen, choose_data(data, Store(results).datasets))
 
 
 def experiments_of(names: Sequence[str]) -> list[Experiment]:
@@ -134,7 +138,7 @@ def _all() -> list[str]:
 
 
 def repeat_options(
-    profile: str, data: str, seeds: str | None, results: Path, init: str | None = None, text: str | None = None
+    profile: str, data: str, seeds: str | None, results: str, init: str | None = None, text: str | None = None
 ) -> str:
     """The options that give the same setting again, for sentences that say what to run."""
     options = [f"--profile {profile}"]

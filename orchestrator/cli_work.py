@@ -42,7 +42,7 @@ MANY_ROWS = 24  # more are for the report
 
 def show_plan(points: Sequence[Point], store: Store) -> None:
     """What a run of these points would compute."""
-    tables = Tables(store.tables)
+    tables = store.open_tables()
     planned = make_plan([point.evaluation for point in points], store, tables)
     seconds = estimate(planned, tables)
     table = RichTable("", "to compute", "of", "already there", "about")
@@ -129,7 +129,7 @@ def compute(
     asked = [point.evaluation for some in points.values() for point in some]
     recipes = {evaluation.id: evaluation for evaluation in (*asked, *also)}
     if declare:
-        tables = Tables(store.tables)
+        tables = store.open_tables()
         with store.lock():
             declare_paper(tables)
             for name, some in points.items():
@@ -145,7 +145,7 @@ def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None
     datasets += [dataset for dataset in datasets_of(artefacts) if isinstance(dataset, Recording)]
     for task, quality in {(part.task, part.quality) for dataset in set(datasets) for part in parts(dataset)}:
         load_behaviour_policy(task, quality)
-    run_engine(recipes, Settings(results=store.root, address=address, rollout_workers=workers), log)
+    run_engine(recipes, Settings(results=store.address, address=address, rollout_workers=workers), log)
 
 
 # --- showing -----------------------------------------------------------------------
@@ -155,7 +155,7 @@ def show_answers(
     experiments: Sequence[Experiment], setting: Setting, store: Store, figure: Path | None = None
 ) -> list[Answer]:
     """Print each experiment's numbers with their intervals, or only how its claims fared where there are many."""
-    found = answers(experiments, setting, Tables(store.tables), data_return(store))
+    found = answers(experiments, setting, store.open_tables(), data_return(store))
     for each in found:
         console.print(_table(each))
         if figure is not None and isinstance(each.experiment.show, Figure) and each.begun:
@@ -213,7 +213,7 @@ def show_search(
     objectives: Objectives,
 ) -> None:
     """Search, then print the trials and the best of them on starts that none has seen."""
-    settings = Settings(results=store.root, address=address, rollout_workers=workers)
+    settings = Settings(results=store.address, address=address, rollout_workers=workers)
     outcome = run_search(
         experiment, setting, store, settings, data_return(store), log,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives=objectives,
@@ -236,9 +236,9 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
     from dt.model.size import size_of
     from orchestrator.making import from_store, realise
 
-    rows = Tables(store.tables).some("policies", ["policy", "recipe"]).to_pylist()
+    rows = store.open_tables().some("policies", ["policy", "recipe"]).to_pylist()
     if not rows:
-        raise UserError(f"there are no policies in {store.tables} yet: run an experiment first")
+        raise UserError(f"there are no policies in {store.address} yet: run an experiment first")
     found = [row for row in rows if row["policy"].startswith(prefix)]
     if not found:
         raise unknown("policy", prefix, [row["policy"] for row in rows])
@@ -320,9 +320,9 @@ def run_demo(store: Store, address: str | None, workers: int | None, profile: st
             film(setting.evaluate(policy, target), store, movie, steps=300)
     except UserError as error:  # a machine that cannot draw
         what = f"none: {error}"
-    at = "" if store.root == RESULTS.absolute() else f" --results {store.root}"
+    at = "" if store.root == Path(RESULTS).absolute() else f" --results {store.address}"
     console.print(f"film:   {what}", soft_wrap=True, highlight=False)
-    console.print(f"rows:   {store.tables}", soft_wrap=True, highlight=False)
+    console.print(f"rows:   {store.place.address_at('tables')}", soft_wrap=True, highlight=False)
     console.print(f"\nThat took {_minutes(time.monotonic() - began)}. Try next:")
     for line in (
         f"mergedt sweep --target {target} --source {source} --group mlp --alpha 0,0.5,1 --profile {profile}{at}",

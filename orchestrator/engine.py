@@ -14,6 +14,7 @@ from rich.console import Console
 
 from dt.errors import UserError
 from dt.files import explained
+from orchestrator.place import Folder
 from orchestrator.plan import Plan, make_plan
 from orchestrator.progress import phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
@@ -34,7 +35,7 @@ TRAININGS_PER_GPU = 4  # a base-size model leaves most of a GPU idle
 class Settings:
     """How to run. None takes what fits the machine or cluster; numbers of actors change no result, `threads` may."""
 
-    results: Path = Path("results")
+    results: str | Path = "results"  # a folder that all nodes see, or an address as s3://bucket/results
     address: str | None = None  # of a Ray cluster; None: RAY_ADDRESS, else an embedded Ray
     rollout_workers: int | None = None  # processes of one thread each; None: one for each CPU
     training_slots: int | None = None  # trainings at once; None: CPUs / threads, or four a GPU
@@ -50,21 +51,24 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
     The same call after a failure, an interrupt or a kill goes on where it stopped.
     """
     console = console or Console(stderr=True)
-    if in_job() and not settings.results.is_absolute():
+    store = Store(settings.results)
+    if in_job() and isinstance(store.place, Folder) and not Path(settings.results).is_absolute():
         raise UserError(
             f"inside a Ray job the folder {settings.results} would vanish with the job: "
             "give --results an absolute path that all nodes share"
         )
-    store, tables = Store(settings.results), Tables(Store(settings.results).tables)
+    tables = store.open_tables()
+    store.fetch_notes()
     plan = make_plan(recipes, store, tables)
     if plan.empty and not _begun(recipes, store):
         console.print(plan.describe(), highlight=False, soft_wrap=True)
         return plan
     with store.lock():
         store.sweep()
+        tables = store.open_tables()  # again: another process may have worked until we got the lock
         if store.unfinished():
             _commit_finished(recipes, store, tables)
-        plan = make_plan(recipes, store, tables)  # again: another process may have worked until we got the lock
+        plan = make_plan(recipes, store, tables)
         console.print(plan.describe(), highlight=False, soft_wrap=True)
         if not plan.empty:
             _run(plan, settings, store, tables, console)
@@ -74,7 +78,7 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
 def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: Console) -> None:
     with connect(settings.address, cpus=settings.cpus) as session:
         if not session.embedded:
-            check_visible(store.root)
+            check_visible(store.place)
         failures: list[Failure] = []
         if plan.recordings:
             _record(plan.recordings, store, tables, console)
@@ -146,6 +150,7 @@ def _write_recording(
     trajectories = concatenate([chunk.trajectories for chunk in chunks])
     with explained(store.datasets):
         path = write_recording(trajectories, *which)
+    store.place.push(path)
     if load_recorded(*which).content_hash != trajectories.content_hash:
         raise UserError(f"the recording at {path} does not read back as it was written: check the disk and delete it")
     seconds = sum(chunk.seconds for chunk in chunks)

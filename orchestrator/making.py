@@ -93,8 +93,11 @@ def load_ingredient(recipe: Train | TrainTogether | FineTune | Fisher, store: St
 def load_dataset(dataset: Dataset, store: Store) -> Trajectories:
     """The data of a recipe. Raises UserError when it is missing, damaged, or not the one the recipe names."""
     from dt.data.sources import load_imported, load_recorded
+    from orchestrator.plan import recording_paths
 
     if not isinstance(dataset, Imported):
+        for path in recording_paths(dataset, store):
+            store.place.fetch(path)
         return load_recorded(dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
     trajectories = load_imported(dataset.source, dataset.task, store.datasets)
     if trajectories.content_hash != dataset.content_hash:

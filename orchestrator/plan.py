@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TypeVar, cast
 
 from dt.tasks import get_task
@@ -167,10 +168,16 @@ def parts(dataset: Dataset) -> tuple[Recording, ...]:
 
 
 def is_recorded(recording: Recording, store: Store) -> bool:
-    """Whether the recording lies in the store."""
+    """Whether the recording lies in the store, with all its parts."""
+    return all(store.place.exists(path / "data" / "metadata.json") for path in recording_paths(recording, store))
+
+
+def recording_paths(recording: Recording, store: Store) -> list[Path]:
+    """The folders of what a dataset is made of."""
     from dt.behaviour import record
 
-    return record.is_recorded(recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
+    of = (recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
+    return record.recording_paths(*of)
 
 
 def _by_id(recipes: Iterable[R]) -> dict[str, R]:

@@ -15,6 +15,7 @@ from orchestrator.estimates import LEVEL, Sample
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
 from orchestrator.paper import NUMBERS
+from orchestrator.plan import is_recorded
 from orchestrator.recipes import Dataset, Recording, closure
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -28,7 +29,7 @@ def write_report(experiments: Sequence[Experiment], setting: Setting, store: Sto
 
     command: the options that repeat this setting, for the sentence that says what to run.
     """
-    tables = Tables(store.tables)
+    tables = store.open_tables()
     found = answers(experiments, setting, tables, data_return(store))
     for each in found:
         if isinstance(each.experiment.show, Figure) and each.begun:
@@ -52,12 +53,10 @@ def data_return(store: Store) -> DataReturn:
 
 
 def _mean_return(dataset: Dataset, store: Store) -> float | None:
-    from dt.behaviour.record import is_recorded  # Minari takes seconds to import, and most reports need no data
     from orchestrator.making import load_dataset
 
     if isinstance(dataset, Recording):
-        of = (dataset.task, dataset.quality, dataset.episodes, dataset.seed, store.datasets)
-        return float(load_dataset(dataset, store).returns.mean()) if is_recorded(*of) else None
+        return float(load_dataset(dataset, store).returns.mean()) if is_recorded(dataset, store) else None
     try:
         return float(load_dataset(dataset, store).returns.mean())
     except UserError:  # not at hand, or no longer the one it was

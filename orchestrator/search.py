@@ -15,7 +15,6 @@ from orchestrator.answers import DataReturn, answers, baseline
 from orchestrator.engine import Settings, run
 from orchestrator.experiment import Experiment, Label, Point, Search, Setting, Table
 from orchestrator.store import Store
-from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -148,7 +147,7 @@ def evaluate(
         points=lambda _: points,
         show=Table(rows=rows, value="retention"),
     )
-    (answer,) = answers([asked], setting, Tables(store.tables), data_return)
+    (answer,) = answers([asked], setting, store.open_tables(), data_return)
     found: dict[int, dict[str, Sample]] = {number: {} for number in chosen}
     for cell in answer.cells:
         number = cell.labels["trial"]

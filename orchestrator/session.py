@@ -20,6 +20,7 @@ from typing import Any
 
 from dt.errors import UserError
 from orchestrator.lifeline import lifeline
+from orchestrator.place import Place, place_of
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output engine prints boxes even when silenced
@@ -189,36 +190,44 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def check_visible(folder: Path) -> None:
-    """Refuse a folder that some node of the cluster does not see: its training actors could not keep their checkpoints.
+def check_visible(place: Place) -> None:
+    """Refuse a place that some node of the cluster does not see: its training actors could not keep their checkpoints.
 
     The driver writes a mark and a task on every node reads it and writes beside it. Raises UserError naming the nodes.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    with tempfile.NamedTemporaryFile(prefix=".visible-", dir=folder) as mark:
-        secret = secrets.token_hex(16)
-        Path(mark.name).write_text(secret)
-
-        @ray.remote(num_cpus=0, max_retries=1)
-        def sees(path: str) -> str:
-            try:
-                found = Path(path).read_text()
-                tempfile.NamedTemporaryFile(prefix=".visible-", dir=Path(path).parent).close()
-            except OSError as error:
-                return error.strerror or str(error)
-            return found
-
+    mark, secret = place.root / f".visible-{secrets.token_hex(8)}", secrets.token_hex(16)
+    place.put(mark, secret.encode())
+    try:
         nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        answers = ray.get([sees.options(scheduling_strategy=where).remote(mark.name) for where in on], timeout=300)
+        see = ray.remote(num_cpus=0, max_retries=1)(_see)
+        asked = [see.options(scheduling_strategy=where).remote(place.address, mark.name) for where in on]
+        answers = ray.get(asked, timeout=300)
+    finally:
+        place.remove(mark)
     blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if answer != secret]
     if blind:
         raise UserError(
             f"the node{'s' * (len(blind) > 1)} {', '.join(sorted(blind))} of the Ray cluster cannot read and write "
-            f"{folder}: give a folder that all nodes share with --results"
+            f"{place.address}: give a folder that all nodes share with --results, or s3://bucket/prefix"
         )
+
+
+def _see(results: str, name: str) -> str:
+    """In a Ray task: what the mark says, or why it cannot be read or nothing be written beside it."""
+    place = place_of(results)
+    mark, mine = place.root / name, place.root / f"{name}-{secrets.token_hex(4)}"
+    try:
+        place.fetch(mark)
+        said = mark.read_text()
+        place.put(mine, b"")
+        place.remove(mine)
+    except (OSError, UserError) as error:
+        return str(error)
+    return said
 
 
 def _head() -> str:

@@ -1,4 +1,4 @@
-"""The results folder: content-addressed artefacts, written whole or not at all.
+"""The results: content-addressed artefacts, written whole or not at all. A folder, or the mirror of an object store.
 
 <root>/artefacts/<recipe id>/*.safetensors        a policy, a language model or a Fisher, its recipe in the header
 <root>/datasets/                                  Minari root of what was recorded here
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dt.errors import UserError
 from dt.files import explained, flush_folder, write_atomically
+from orchestrator.place import place_of
 
 if TYPE_CHECKING:  # torch takes a second to import, and `mergedt query` does not need it
     from dt.language.model import LanguageModel
@@ -27,29 +27,29 @@ if TYPE_CHECKING:  # torch takes a second to import, and `mergedt query` does no
     from dt.model.policy import Policy
     from orchestrator.recipes import Artefact, Job, Language, Recipe, Trained
     from orchestrator.recipes import Fisher as FisherRecipe
+    from orchestrator.tables import Tables
 
     Value = Policy | LanguageModel | Fisher
 
 V = TypeVar("V")
-OUTCOME = "outcome.json"
-_FILES = {"pretrain": "language.safetensors", "import-language": "language.safetensors", "fisher": "fisher.safetensors"}
-POLICY = "policy.safetensors"  # of all other kinds
+OUTCOME, PROGRESS = "outcome.json", "progress.json"
+SCRATCH = "training/.ray"
+POLICY, LANGUAGE, FISHER = _FILES = ("policy.safetensors", "language.safetensors", "fisher.safetensors")
+_FILE_OF = {"pretrain": LANGUAGE, "import-language": LANGUAGE, "fisher": FISHER}  # of all other kinds: a policy
 
 
 class Store:
-    """The results folder at `root`. Makes nothing on disk until something is written.
+    """The results at a folder, or at the address of an object store, which is mirrored in the folder `root`.
 
-    Raises UserError for the address of an object store: locks and renames need a file system.
+    Makes nothing until something is written. Raises UserError for an address that cannot hold results.
     """
 
-    def __init__(self, root: Path) -> None:
-        if re.match(r"[a-z][a-z0-9+.-]+:/", str(root)):
-            raise UserError(f"results live in a folder, not at {root}: mount it on all machines and give that folder")
-        self.root = Path(root).absolute()  # workers have another working directory
+    def __init__(self, results: str | Path) -> None:
+        self.place = place_of(results)
+        self.root, self.address = self.place.root, self.place.address
         self.artefacts = self.root / "artefacts"
         self.datasets = self.root / "datasets"
         self.training = self.root / "training"
-        self.scratch = self.training / ".ray"
         self.tables = self.root / "tables"
 
     def path(self, recipe: Artefact) -> Path:
@@ -60,37 +60,54 @@ class Store:
         """Where the recipe's unfinished training lives."""
         return self.training / recipe.id
 
+    @property
+    def scratch(self) -> str:
+        """Address of what Ray Train writes beside a training."""
+        return self.place.address_at(SCRATCH)
+
+    def open_tables(self) -> Tables:
+        """The tables, as they are now."""
+        from orchestrator.tables import Tables  # Arrow takes a second to import, and not every worker needs it
+
+        self.place.pull(self.tables)
+        return Tables(self.tables, self.place)
+
+    def fetch_notes(self) -> None:
+        """Have here what training workers left: notes of how far they are, and what is finished."""
+        self.place.fetch_named(self.training, (PROGRESS, OUTCOME, *_FILES))
+
     def has(self, recipe: Artefact) -> bool:
         """Whether the recipe's artefact has been committed."""
-        return self.path(recipe).is_file()
+        return self.place.exists(self.path(recipe))
 
     def stored(self) -> frozenset[str]:
         """The ids of all committed artefacts, in one listing."""
-        if not self.artefacts.is_dir():
-            return frozenset()
-        files = {POLICY, *_FILES.values()}
-        return frozenset(path.parent.name for name in files for path in self.artefacts.glob(f"*/{name}"))
+        return frozenset(path.parent.name for path in self.place.find(self.artefacts, _FILES))
 
     def save(self, recipe: Artefact, value: Value) -> Path:
         """Commit an artefact under its recipe's id. Raises UserError when the disk refuses; no half of it stays."""
         path = self.path(recipe)
         _save(recipe, value, path)
+        self.place.push(path)
         return path
 
     def save_trained(self, recipe: Job, value: Value, outcome: Mapping[str, Any]) -> None:
         """Leave a finished training in its own folder, from where the driver adopts it; the outcome, as JSON, last."""
         folder = self.training_path(recipe)
         _save(recipe, value, folder / file_name(recipe))
+        self.place.push(folder / file_name(recipe))
         write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
+        self.place.push(folder / OUTCOME)
 
     def finished(self, recipe: Job) -> bool:
         """Whether its training is through, though perhaps not committed."""
-        return (self.training_path(recipe) / OUTCOME).is_file()
+        return self.place.exists(self.training_path(recipe) / OUTCOME)
 
     def adopt_trained(self, recipe: Job) -> dict[str, Any] | None:
-        """Commit what a finished training made and return its outcome; None when it has not finished."""
+        """Commit what a finished training made and return its outcome; None when it has not finished, as far as is
+        known here: see `fetch_notes`."""
         folder, path = self.training_path(recipe), self.path(recipe)
-        if not self.finished(recipe):
+        if not (folder / OUTCOME).is_file():
             return None
         outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
         if (folder / path.name).is_file():  # not when a kill came right after the move
@@ -98,6 +115,8 @@ class Store:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (folder / path.name).replace(path)
                 flush_folder(path.parent)
+        if not self.has(recipe):
+            self.place.push(path)
         return outcome
 
     def unfinished(self) -> frozenset[str]:
@@ -129,6 +148,7 @@ class Store:
         from safetensors import safe_open
 
         path = self.path(recipe)
+        self.place.fetch(path)
         value = load(path)
         with safe_open(path, framework="np") as file:
             found = (file.metadata() or {}).get("recipe_id")
@@ -138,19 +158,24 @@ class Store:
 
     def discard_training(self, recipe: Recipe) -> None:
         """Remove the checkpoints of a training whose policy is committed."""
-        shutil.rmtree(self.training_path(recipe), ignore_errors=True)
+        self.place.remove(self.training_path(recipe))
+
+    def clear_scratch(self) -> None:
+        """Remove what Ray Train wrote."""
+        self.place.remove(self.root / SCRATCH)
 
     def sweep(self) -> None:
         """Remove what killed writers left behind. Only while the lock is held: there is no other writer then."""
         for folder in (self.artefacts, self.tables):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
-        for leftover in (self.scratch, *self.datasets.glob(".recording-*")):
+        for leftover in self.datasets.glob(".recording-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        self.clear_scratch()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one writer; released by the kernel when the process ends, however it ends.
+        """Hold the results for one writer; released by the kernel when the process ends, however it ends.
 
         Raises UserError naming the other process when the folder is taken or cannot be written.
         """
@@ -172,12 +197,13 @@ class Store:
             file.truncate(0)
             file.write(f"{os.getpid()} on {os.uname().nodename}")
             file.flush()
-            yield
+            with self.place.lease():
+                yield
 
 
 def file_name(recipe: Artefact) -> str:
     """Of the recipe's artefact in its folder."""
-    return _FILES.get(recipe.kind, POLICY)
+    return _FILE_OF.get(recipe.kind, POLICY)
 
 
 def _save(recipe: Artefact, value: Value, path: Path) -> None:

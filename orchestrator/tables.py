@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dt.errors import UserError, unknown
-from dt.files import write_atomically
+from orchestrator.place import Folder, Place
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads
@@ -235,10 +235,14 @@ _MAGIC = b"PAR1"
 
 
 class Tables:
-    """The tables under a folder. Makes nothing on disk until something is written."""
+    """The tables under a folder. Makes nothing on disk until something is written.
 
-    def __init__(self, root: Path) -> None:
+    place: where all machines find what is written; by default, they see the folder.
+    """
+
+    def __init__(self, root: Path, place: Place | None = None) -> None:
         self.root = Path(root).absolute()
+        self._place = place or Folder(self.root)
         self._compacted_keys: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
 
     def append(self, table: str, key: str, rows: pa.Table) -> bool:
@@ -255,7 +259,7 @@ class Tables:
             raise ValueError(f"rows of {sorted(_keys(rows, spec))} given as those of {key}")
         if spec.facts and key in self._compacted(table):
             return False
-        return write_atomically(self._part(table, key), _parquet(rows), keep=spec.facts)
+        return self._place.put(self._part(table, key), _parquet(rows), keep=spec.facts)
 
     def done(self, table: str) -> frozenset[str]:
         """Keys of all recipes whose rows are in the table."""
@@ -298,9 +302,9 @@ class Tables:
         for table, spec in SPECS.items():
             parts = self._parts(table)
             if parts:
-                write_atomically(self._file(table), _parquet(self.read(table).cast(spec.schema)))
+                self._place.put(self._file(table), _parquet(self.read(table).cast(spec.schema)))
                 for path in parts.values():
-                    path.unlink(missing_ok=True)
+                    self._place.remove(path)
 
     def query(self, sql: str) -> pa.Table:
         """The answer to one SELECT over the tables and the view `scores`, by DuckDB, which can reach nothing else.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,16 +22,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from dt.errors import UserError
-from dt.files import write_atomically
 from orchestrator.messages import Failure, describe, explain
 from orchestrator.progress import Phase
 from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
 from orchestrator.rows import policy_row, run_row, run_rows, training_rows
-from orchestrator.store import Store
+from orchestrator.store import PROGRESS, Store
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
     from dt.training.loop import TrainingState
+    from orchestrator.place import Place
 
 LOG_EVERY = 50  # optimiser steps between two rows of the table `training`
 MAX_FAILURES = 3  # workers that a recipe may lose between two checkpoints
@@ -41,7 +40,7 @@ PROGRESS_SECONDS = 2.0
 DEATH = "the death of its worker, for want of memory perhaps"
 NOT_BEGUN = "it was not begun, others kept the workers from it: run the same command again"
 _JOB: TypeAdapter[Job] = TypeAdapter(Annotated[Job, Field(discriminator="kind")])
-_STATE, _LOG, _PROGRESS, _ATTEMPTS = "state.safetensors", "log.json", "progress.json", "attempts.json"
+_STATE, _LOG, _ATTEMPTS = "state.safetensors", "log.json", "attempts.json"
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a helper process of 120 MB for each run
@@ -85,6 +84,7 @@ def train_all(
 
     def look() -> None:
         """Commit what is finished and show the steps that the workers note. Through Ray this would take more actors."""
+        store.fetch_notes()
         for recipe in recipes:
             if recipe.id not in finished and commit_outcome(recipe, store, tables):
                 finished.add(recipe.id)
@@ -104,15 +104,15 @@ def train_all(
         errors.update(report["errors"])
 
     lanes = [tuple(recipe.model_dump_json() for recipe in lane) for lane in lanes_of(recipes, slots.count)]
-    work = [asdict(Lane(lane, str(store.root), slots.threads, slots.gpu > 0, checkpoint_seconds)) for lane in lanes]
+    work = [asdict(Lane(lane, store.address, slots.threads, slots.gpu > 0, checkpoint_seconds)) for lane in lanes]
     for recipe in recipes:  # another run, another try
-        (store.training_path(recipe) / _ATTEMPTS).unlink(missing_ok=True)
+        _Attempts.forget(store, recipe)
     look()  # once before it is timed, for what it imports
     cadence = _Cadence(PROGRESS_SECONDS)
     launch = partial(_launch, cpus=slots.cpus, gpu=slots.gpu)
     died = run_trials(launch, "work", work, on_report, on_step=look_now_and_then, concurrent=slots.count, reuse=False)
     look()
-    shutil.rmtree(store.scratch, ignore_errors=True)
+    store.clear_scratch()
     failures = [
         Failure(recipe.id, describe(recipe), errors[recipe.id])
         for recipe in recipes
@@ -145,7 +145,7 @@ def compute_all(
 
     failures: list[Failure] = []
     task = ray.remote(num_cpus=1, max_retries=MAX_FAILURES)(_compute)
-    place = {task.remote(recipe, str(store.root)): recipe for recipe in recipes}
+    place = {task.remote(recipe, store.address): recipe for recipe in recipes}
     waiting = list(place)
     while waiting:
         (reference,), waiting = ray.wait(waiting)
@@ -167,7 +167,7 @@ def _compute(recipe: Fisher | ImportLanguage, results: str) -> dict[str, Any]:
     from orchestrator.making import compute
 
     torch.set_num_threads(1)
-    store, started, clock = Store(Path(results)), datetime.now(UTC), time.perf_counter()
+    store, started, clock = Store(results), datetime.now(UTC), time.perf_counter()
     store.save(recipe, compute(recipe, store))
     return run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32")
 
@@ -192,7 +192,7 @@ def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
 
 def _read_progress(store: Store, recipe: Job) -> dict[str, Any] | None:
     try:
-        progress: dict[str, Any] = json.loads((store.training_path(recipe) / _PROGRESS).read_text())
+        progress: dict[str, Any] = json.loads((store.training_path(recipe) / PROGRESS).read_text())
     except (OSError, ValueError):  # not begun, or committed and gone
         return None
     return progress
@@ -218,7 +218,7 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
         ),
         run_config=RunConfig(
             name=recipes[0].id,
-            storage_path=str(Store(Path(work.results)).scratch),
+            storage_path=Store(work.results).scratch,
             failure_config=FailureConfig(max_failures=(MAX_ATTEMPTS + 1) * len(recipes)),  # the recipes' own come first
         ),
     )
@@ -227,7 +227,7 @@ def _launch(config: dict[str, Any], cpus: float, gpu: float) -> None:
     except TrainingFailedError as failure:
         causes = getattr(failure, "worker_failures", {})
         reason = explain(next(iter(causes.values()), failure))
-        attempts = {recipe.id: _Attempts.read(Store(Path(work.results)), recipe) for recipe in recipes}
+        attempts = {recipe.id: _Attempts.read(Store(work.results), recipe) for recipe in recipes}
         errors = {recipe: each.mistake or (reason if each.count else NOT_BEGUN) for recipe, each in attempts.items()}
     except Exception as failure:
         # The controller died (of memory, say). Without a dashboard its CPUs are never given back and other trainings
@@ -247,7 +247,7 @@ def train_lane(config: dict[str, Any]) -> dict[str, str]:
 
     keep_freed_memory()
     work = Lane(**config)
-    store, errors = Store(Path(work.results)), dict[str, str]()
+    store, errors = Store(work.results), dict[str, str]()
     for recipe in map(_JOB.validate_json, work.recipes):
         if store.has(recipe) or store.finished(recipe):
             continue
@@ -270,6 +270,7 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
     torch.set_num_threads(work.threads)
     device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
     folder = store.training_path(recipe)
+    store.place.fetch(folder)
     begun: TrainingState[Any] = begin(recipe, store, device)
     state_file, log = _resumed(folder)
     cadence, progress = _Cadence(work.checkpoint_seconds), _Cadence(PROGRESS_SECONDS)
@@ -277,11 +278,12 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
         log.add(state)
         if progress.due():
             with progress.measured():
-                _note(folder / _PROGRESS, json.dumps({"step": state.step, "loss": state.metrics["loss"]}))
+                _note(folder / PROGRESS, json.dumps({"step": state.step, "loss": state.metrics["loss"]}), store.place)
         if not state.done and cadence.due():
             with cadence.measured():
-                write_atomically(folder / _LOG, log.to_json())  # first: `_Log.add` drops what is ahead of the state
+                store.place.put(folder / _LOG, log.to_json())  # first: `_Log.add` drops what is ahead of the state
                 state.save(folder / _STATE)
+                store.place.push(folder / _STATE)
                 replace(_Attempts.read(store, recipe), ends=()).write(store, recipe)
     made = finish(recipe, begun.result())
     ran = run_row(
@@ -302,13 +304,19 @@ class _Attempts:
     @classmethod
     def read(cls, store: Store, recipe: Job) -> _Attempts:
         file = store.training_path(recipe) / _ATTEMPTS
+        store.place.fetch(file)
         if not file.is_file():
             return cls()
         saved: dict[str, Any] = json.loads(file.read_text())
         return cls(saved["count"], tuple(saved["ends"]), saved["mistake"])
 
     def write(self, store: Store, recipe: Job) -> None:
-        write_atomically(store.training_path(recipe) / _ATTEMPTS, json.dumps(asdict(self)).encode())
+        store.place.put(store.training_path(recipe) / _ATTEMPTS, json.dumps(asdict(self)).encode())
+
+    @staticmethod
+    def forget(store: Store, recipe: Job) -> None:
+        """It went well, or another run tries again."""
+        store.place.remove(store.training_path(recipe) / _ATTEMPTS)
 
 
 @contextmanager
@@ -335,15 +343,16 @@ def _attempt(recipe: Job, store: Store) -> Iterator[None]:
         now = _Attempts.read(store, recipe)  # fewer ends, if there was a checkpoint
         replace(now, ends=(*now.ends[:-1], explain(error))).write(store, recipe)
         raise
-    (store.training_path(recipe) / _ATTEMPTS).unlink(missing_ok=True)
+    _Attempts.forget(store, recipe)
 
 
-def _note(path: Path, text: str) -> None:
+def _note(path: Path, text: str, place: Place) -> None:
     """Write a file that only a progress bar reads: whole, but not worth an error or a wait for the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with suppress(OSError):
+    with suppress(OSError, UserError):
         temporary.write_text(text)
         temporary.replace(path)
+        place.push(path)
 
 
 class _Log:

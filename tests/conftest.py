@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from toy import everything
 
+from orchestrator.place import VARIABLE
 from orchestrator.session import Session, connect
 
 # Policies of 16 numbers a token: on a busy machine two threads that wait for each other take forty times as long.
@@ -22,7 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[Session]:
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For the object store of `test_place.py`; Ray's processes inherit them, and a folder for mirrors."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("mirrors")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_session(credentials: None) -> Iterator[Session]:  # noqa: ARG001
     """An embedded Ray on two CPUs, for all tests of this process."""
     with connect("local", cpus=2) as session:
         yield session

@@ -99,7 +99,10 @@ MISTAKES = {
         "no.hdf5",
     ),
     "no language model": (("plan", "table_3", "--init", "no/folder"), "cannot get the model 'no/folder'"),
-    "an object store": (("plan", "figure_3", "--results", "s3://bucket/x"), "results live in a folder"),
+    "no place for results": (
+        ("plan", "figure_3", "--results", "https://host/x"),
+        "results live in a folder or",
+    ),
     "no text": (("plan", "table_3", "--text", "no/folder"), "no/folder"),
 }
 WITHOUT_RESULTS = ("rum", "evaluate")

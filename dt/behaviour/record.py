@@ -120,9 +120,14 @@ def recording_path(task: str, quality: str, episodes: int, seed: int, root: Path
     return root / recording_id(task, quality, episodes, seed)
 
 
+def recording_paths(task: str, quality: str, episodes: int, seed: int, root: Path) -> list[Path]:
+    """Where the recordings lie that a dataset is made of."""
+    return [recording_path(task, part, episodes, seed, root) for part in parts_of(quality)]
+
+
 def is_recorded(task: str, quality: str, episodes: int, seed: int, root: Path) -> bool:
     """Whether every part of that dataset lies under the root; a recording is there whole or not at all."""
-    return all(recording_path(task, part, episodes, seed, root).is_dir() for part in parts_of(quality))
+    return all(path.is_dir() for path in recording_paths(task, quality, episodes, seed, root))
 
 
 def write_recording(trajectories: Trajectories, task: str, quality: str, episodes: int, seed: int, root: Path) -> Path:
