@@ -295,10 +295,11 @@ class Mirror:
             path = self._path(info)
             if path.is_file() and (path.stat().st_size, path.stat().st_mtime_ns) == (info.size, info.mtime_ns):
                 continue
-            with self._reached(), self._filesystem.open_input_stream(info.path) as stream:
-                content = stream.read()
-            write_atomically(path, content)
-            os.utime(path, ns=(info.mtime_ns, info.mtime_ns))
+            with self._reached(), suppress(FileNotFoundError):  # gone since it was listed
+                with self._filesystem.open_input_stream(info.path) as stream:
+                    content = stream.read()
+                write_atomically(path, content)
+                os.utime(path, ns=(info.mtime_ns, info.mtime_ns))
 
     def _files_under(self, folder: Path) -> list[FileInfo]:
         from pyarrow.fs import FileSelector
