@@ -10,6 +10,10 @@ ROBOTS = ("hopper", "halfcheetah")
 GROUPS = ("trunk", "attention+mlp", "attention")
 FINE_TUNED = "merge-freeze-finetune"
 MOST, HARDLY, SOME = 0.85, 0.1, 0.5
+SHORT = (
+    "budget. With attention and MLPs frozen, what is left (layer norms, embeddings, head) is fine-tuned for as many "
+    "steps as the experts had, and those are 100,000 in the paper (see `budget`)."
+)
 
 
 def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Assemble]]:
@@ -50,6 +54,7 @@ def _kept(statement: str, configuration: str, task: str, share: float) -> Claim:
         terms=((1, {"configuration": configuration, "task": task}),),
         expected="at least",
         bound=share,
+        likely=SHORT,
     )
 
 

@@ -22,6 +22,7 @@ from orchestrator.tables import Tables
 
 NAME = "README.md"
 APART = "≠"
+_KINDS = ("recording", "pretrain", "train", "train-together", "fine-tune", "fisher", "evaluate")  # of runs
 
 
 def write_report(experiments: Sequence[Experiment], setting: Setting, store: Store, folder: Path, command: str) -> Path:
@@ -119,7 +120,7 @@ def _hardware(found: Sequence[Answer], tables: Tables) -> str:
     machines = sorted({f"{row['cpus']} cores, {row['gpu'] or 'no GPU'}" for row in rows.to_pylist()})
     time = {
         kind: (pc.sum(part["seconds"]).as_py() or 0.0, part.num_rows)
-        for kind in ("recording", "train", "evaluate")
+        for kind in _KINDS
         if (part := rows.filter(pc.equal(rows["kind"], kind))).num_rows
     }
     spent = ", ".join(f"{count} × {kind} {seconds / 60:.0f} min" for kind, (seconds, count) in time.items())

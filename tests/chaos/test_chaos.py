@@ -1,15 +1,19 @@
 """Killed anywhere, the same command ends with the tables of a run that nobody disturbed. `--kills` says how often."""
 
 import json
+import os
 import subprocess
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import KILLS, LOSS, POLITE, check_equal, program, rounds
+from attack import KILLS, LOSS, PATIENCE, POLITE, check_equal, program, rounds
 from rich.console import Console
 from rich.table import Table
+
+from orchestrator.tables import Tables
 
 
 @pytest.mark.slow
@@ -35,6 +39,21 @@ def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
         table.add_row(kind, str(times))
     table.caption = f"{runs} runs; {rows} rows as in the undisturbed run"
     Console().print(table)
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    if pytestconfig.getoption("kills") <= len(KILLS):
+        pytest.skip("a whole run more: part of `make chaos`")
+    finished, run = request.getfixturevalue("finished"), program("driver.py", tmp_path / "results", RAY_ADDRESS="")
+    run["env"]["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).with_name('jumping')}"
+    done = subprocess.run(**run, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert check_equal(tmp_path / "results", finished) > 0
+    runs = Tables(tmp_path / "results" / "tables").read("runs")
+    assert max(runs["started"].to_pylist()) > datetime.now(UTC)  # it did jump
 
 
 @pytest.mark.slow
