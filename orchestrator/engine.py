@@ -1,4 +1,4 @@
-"""Running a plan on Ray: recordings, then trainings, then sweeps. What is done is committed at once, never redone."""
+"""Running a plan on Ray: recordings, then, part by part, trainings and sweeps. What is done is committed at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from dt.errors import UserError
 from dt.files import explained
 from orchestrator.place import Folder
-from orchestrator.plan import Plan, make_plan
+from orchestrator.plan import Plan, make_plan, parts_of
 from orchestrator.progress import phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
 from orchestrator.session import Session, check_visible, connect, in_job
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.training import Slots
 
 THREADS_SHARE = 4  # a training gets a quarter of a node's CPUs: small models gain little from more threads
+PART = 8  # trainings a slot between two rounds of evaluations: starting a round costs less than one of them
 TRAININGS_PER_GPU = 4  # a base-size model leaves most of a GPU idle
 
 
@@ -79,17 +80,25 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
     with connect(settings.address, cpus=settings.cpus) as session:
         if not session.embedded:
             check_visible(store.place)
-        failures: list[Failure] = []
         if plan.recordings:
             _record(plan.recordings, store, tables, console)
-        if plan.artefacts:
-            failures += _make(plan, settings, session, store, tables, console)
-        stored = store.stored()  # not those that failed
-        ready = [e for e in plan.evaluations if all(part.id in stored for part in ingredients(e))]
-        if ready:
-            failures += _evaluate(ready, settings, session, store, tables, console)
+        # By the whole plan: a thread more or less in a later part would change its sums.
+        slots = slots_for(len(plan.trainings), settings, session)
+        failures: list[Failure] = []
+        skipped = 0
+        parts = parts_of(plan, PART * slots.count)
+        for number, part in enumerate(parts, 1):
+            if len(parts) > 1:
+                size = f"{len(part.trainings):,} trainings and {len(part.evaluations):,} evaluations"
+                console.print(f"part {number} of {len(parts)}, with {size}", highlight=False, soft_wrap=True)
+            failures += _make(part.artefacts, slots, settings, store, tables, console)
+            stored = store.stored()  # not those that failed
+            ready = [e for e in part.evaluations if all(made.id in stored for made in ingredients(e))]
+            skipped += len(part.evaluations) - len(ready)
+            if ready:
+                failures += _evaluate(ready, settings, session, store, tables, console)
     if failures:
-        raise _failed(failures, skipped=len(plan.evaluations) - len(ready))
+        raise _failed(failures, skipped)
 
 
 def _record(recordings: Sequence[Recording], store: Store, tables: Tables, console: Console) -> None:
@@ -158,15 +167,13 @@ def _write_recording(
 
 
 def _make(
-    plan: Plan, settings: Settings, session: Session, store: Store, tables: Tables, console: Console
+    artefacts: Sequence[Artefact], slots: Slots, settings: Settings, store: Store, tables: Tables, console: Console
 ) -> list[Failure]:
     """Wave after wave: what can be made from what is stored, until nothing more can."""
     from orchestrator.training import compute_all, train_all
 
     failures: list[Failure] = []
-    # By the whole plan: a thread more or less in a later wave would change its sums.
-    slots = slots_for(len(plan.trainings), settings, session)
-    left = list(plan.artefacts)
+    left = list(artefacts)
     while wave := _ready(left, store.stored()):
         taken = {artefact.id for artefact in wave}
         left = [artefact for artefact in left if artefact.id not in taken]

@@ -97,6 +97,45 @@ class Plan:
         return "{:,} recordings, {:,} artefacts, {:,} evaluations".format(*counts)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of a plan that leads to rows: evaluations, and what they still need, each after all it needs itself."""
+
+    artefacts: tuple[Artefact, ...]
+    evaluations: tuple[Evaluate, ...]
+
+    @property
+    def trainings(self) -> tuple[Job, ...]:
+        """What takes gradient steps."""
+        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Job))
+
+
+def parts_of(plan: Plan, trainings: int) -> list[Part]:
+    """The plan cut, in its order, into parts of at least so many trainings but the last, so that the first rows are
+    there long before the last training. What no evaluation needs comes last."""
+    left = {artefact.id: artefact for artefact in plan.artefacts}
+    found: list[Part] = []
+    artefacts: list[Artefact] = []
+    evaluations: list[Evaluate] = []
+
+    def take(recipe: Recipe) -> None:
+        for artefact in ingredients(recipe):
+            if left.pop(artefact.id, None) is not None:
+                for needed in inputs(artefact):
+                    take(needed)
+                artefacts.append(artefact)
+
+    for evaluation in plan.evaluations:
+        take(evaluation)
+        evaluations.append(evaluation)
+        if sum(isinstance(artefact, Job) for artefact in artefacts) >= trainings:
+            found.append(Part(tuple(artefacts), tuple(evaluations)))
+            artefacts, evaluations = [], []
+    for artefact in plan.artefacts:
+        take(artefact)
+    return [*found, Part(tuple(artefacts), tuple(evaluations))] if artefacts or evaluations else found
+
+
 def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     """What these recipes still need.
 

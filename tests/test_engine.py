@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import ray
 import torch
@@ -28,6 +29,7 @@ from dt.scores import normalised_score
 from dt.tasks import get_task
 from dt.training.loop import run as steps_of
 from dt.training.objective import train
+from orchestrator import engine
 from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
@@ -118,6 +120,20 @@ def test_every_recipe_has_its_rows_once(finished):
     trunk = 2 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 + (16 * 64 + 64) + (64 * 16 + 16) + 2 * 16
     head = (11 * 16 + 16) + (3 * 16 + 16) + (16 + 16) + 2 * 16 + 1000 * 16 + (16 * 3 + 3)
     assert counts == {"trunk_parameters": trunk, "head_parameters": head}
+
+
+def test_in_parts_the_rows_are_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "PART", 1)
+    asked, out = [*(evaluation(expert(task), task) for task in TASKS), evaluation(shared())], io.StringIO()
+    run(asked, Settings(results=tmp_path, threads=1), Console(file=out))
+    told = [line for line in out.getvalue().splitlines() if line.startswith("part ")]
+    assert told == [
+        "part 1 of 2, with 2 trainings and 2 evaluations",
+        "part 2 of 2, with 2 trainings and 1 evaluations",
+    ]
+    mine, theirs = (Tables(root / "tables").read("episodes") for root in (tmp_path, finished))
+    assert mine.equals(theirs.filter(pc.is_in(theirs["evaluation"], mine["evaluation"].combine_chunks())))
+    assert Tables(tmp_path / "tables").done("episodes") == {one.id for one in asked}
 
 
 def test_what_is_done_is_not_done_again(finished):

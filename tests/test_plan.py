@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 from test_store import fresh_policy
-from toy import OPTIMISATION, evaluation, expert, merged, recording, sweep
+from toy import OPTIMISATION, TASKS, evaluation, expert, merged, recording, shared, sweep
 
 from dt.behaviour.record import record
 from dt.rollout.evaluate import Episodes
-from orchestrator.plan import Plan, make_plan, parts
-from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train, trained
+from orchestrator.plan import Plan, make_plan, parts, parts_of
+from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train, ingredients, inputs, trained
 from orchestrator.rows import episode_rows
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -73,6 +73,29 @@ def test_a_recording_is_needed_by_a_missing_training_only(tmp_path):
     assert make_plan([one], store, tables).recordings == (both,)
     imported = Train(dataset=Imported(task="hopper", source="mujoco/hopper/expert-v0", content_hash="x"))
     assert make_plan([evaluation(imported)], store, tables).recordings == ()
+
+
+def test_a_plan_is_cut_into_parts_that_lead_to_rows(tmp_path):
+    experts = [[expert(task, steps=steps) for task in TASKS] for steps in range(1, 8)]
+    asked = [evaluation(Merge(sources=tuple(pair), group="mlp", alpha=a)) for pair in experts for a in (0.0, 0.5)]
+    asked = [*asked, evaluation(shared()), evaluation(merged("mlp", 0.5))]  # whose experts were seen before
+    alone = expert("hopper", steps=99)
+    plan = make_plan([alone, *asked], Store(tmp_path), Tables(tmp_path / "tables"))
+    cut = parts_of(plan, 4)
+    assert [len(part.trainings) for part in cut] == [4, 4, 4, 6, 1]
+    assert [one for part in cut for one in part.evaluations] == asked
+    made = [artefact.id for part in cut for artefact in part.artefacts]
+    assert sorted(made) == sorted(artefact.id for artefact in plan.artefacts)
+    assert cut[-1].artefacts == (alone,)
+    seen: set[str] = set()
+    for part in cut:
+        for artefact in part.artefacts:
+            assert {one.id for needed in inputs(artefact) for one in ingredients(needed)} <= seen
+            seen.add(artefact.id)
+        for one in part.evaluations:
+            assert {made.id for made in ingredients(one)} <= seen
+    (whole,) = parts_of(plan, 100)
+    assert (len(whole.artefacts), len(whole.evaluations)) == (len(plan.artefacts), len(asked))
 
 
 def test_trained_policies_behind_a_policy():
