@@ -1,39 +1,32 @@
 """Our own: which findings depend on how long policies are trained? Where the paper's trends are missing, is it that?"""
 
 from collections.abc import Iterator
+from typing import Literal, TypeVar
 
-from dt.training.optimisation import Optimisation
 from experiments._pairs import TASKS
 from experiments.table_2 import ROBOTS
-from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
+from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
 from orchestrator.recipes import Assemble, FineTune, Perturb, Train
 
+T = TypeVar("T", Train, FineTune)
 BUDGETS = (0.25, 1.0, 4.0)  # of the profile's steps
 GROUP = "attention+mlp"
 AS_TRAINED, WITHOUT_ATTENTION, FINE_TUNED = "as trained", "without attention", f"{GROUP}, merge-freeze-finetune"
 
 
-def of_budget(optimisation: Optimisation, budget: float) -> Optimisation:
+def of_budget(usual: T, budget: float) -> T:
     """The same training in so many times the steps."""
+    optimisation = usual.optimisation
     steps = max(1, round(optimisation.steps * budget))
-    return optimisation.model_copy(update={"steps": steps, "warmup_steps": min(optimisation.warmup_steps, steps)})
-
-
-def expert(setting: Setting, task: str, seed: int, budget: float) -> Train:
-    """An expert of that budget."""
-    usual = setting.expert(task, seed)
-    return usual.model_copy(update={"optimisation": of_budget(usual.optimisation, budget)})
+    changed = {"steps": steps, "warmup_steps": min(optimisation.warmup_steps, steps)}
+    return usual.model_copy(update={"optimisation": optimisation.model_copy(update=changed)})
 
 
 def fine_tuned(setting: Setting, seed: int, budget: float) -> Assemble:
     """Experts of the usual budget on one trunk, as in Table II, but fine-tuned for that budget."""
-    experts = tuple(setting.expert(task, seed) for task in ROBOTS)
-
-    def tuned(own: Train) -> FineTune:
-        usual = setting.fine_tuned(mean_of(own, experts, GROUP), own, frozen=GROUP)
-        return usual.model_copy(update={"optimisation": of_budget(usual.optimisation, budget)})
-
-    return Assemble(policies=tuple(tuned(own) for own in experts), shared=GROUP)
+    usual = setting.merge_freeze_finetune([setting.expert(task, seed) for task in ROBOTS], GROUP)
+    parts = tuple(of_budget(part, budget) for part in usual.policies if isinstance(part, FineTune))
+    return usual.model_copy(update={"policies": parts})
 
 
 def points(setting: Setting) -> Iterator[Point]:
@@ -41,7 +34,7 @@ def points(setting: Setting) -> Iterator[Point]:
     seed = setting.profile.sweep_seeds[0]
     for budget in BUDGETS:
         for task in TASKS:
-            own = expert(setting, task, seed, budget)
+            own = of_budget(setting.expert(task, seed), budget)
             removed = Perturb(policy=own, group="attention", how="removed")
             yield setting.point(own, task, policy=AS_TRAINED, budget=budget, seed=seed)
             yield setting.point(removed, task, policy=WITHOUT_ATTENTION, budget=budget, seed=seed)
@@ -50,11 +43,14 @@ def points(setting: Setting) -> Iterator[Point]:
             yield setting.point(both, task, policy=FINE_TUNED, budget=budget, seed=seed)
 
 
-def _from_least_to_most(policy: str, task: str) -> tuple[tuple[float, dict[str, str | float]], ...]:
+def _with_training(statement: str, policy: str, task: str, expected: Literal["at least", "at most"]) -> Claim:
+    """From the least to the most training, retention rises (`at least` 0) or falls."""
+
     def at(budget: float) -> dict[str, str | float]:
         return {"policy": policy, "task": task, "budget": budget}
 
-    return (1, at(BUDGETS[-1])), (-1, at(BUDGETS[0]))
+    terms = ((1, at(BUDGETS[-1])), (-1, at(BUDGETS[0])))
+    return Claim(statement=statement, terms=terms, expected=expected, bound=0.0)
 
 
 EXPERIMENT = Experiment(
@@ -66,20 +62,17 @@ EXPERIMENT = Experiment(
     show=Table(rows=("policy", "task"), column="budget", value="retention"),
     claims=(
         *(
-            Claim(
-                statement=f"the longer {task} is trained, the less is left of it without attention",
-                terms=_from_least_to_most(WITHOUT_ATTENTION, task),
-                expected="at most",
-                bound=0.0,
+            _with_training(
+                f"the longer {task} is trained, the less is left of it without attention",
+                WITHOUT_ATTENTION,
+                task,
+                "at most",
             )
             for task in TASKS
         ),
         *(
-            Claim(
-                statement=f"the longer the fine-tuning, the more {task} keeps on a shared trunk",
-                terms=_from_least_to_most(FINE_TUNED, task),
-                expected="at least",
-                bound=0.0,
+            _with_training(
+                f"the longer the fine-tuning, the more {task} keeps on a shared trunk", FINE_TUNED, task, "at least"
             )
             for task in ROBOTS
         ),

@@ -106,10 +106,11 @@ def run(
     from orchestrator.cli_work import compute, show_answers
 
     setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names)
-    compute(chosen, setting, Store(results), address, workers)
-    show_answers(chosen, setting, Store(results))
+    store = Store(results)
+    compute(chosen, setting, store, address, workers)
+    show_answers(chosen, setting, store)
     options = repeat_options(profile, data, seeds, results, init, text)
-    console.print(f"rows:    {Store(results).place.address_at('tables')}", soft_wrap=True, highlight=False)
+    console.print(f"rows:    {store.place.address_at('tables')}", soft_wrap=True, highlight=False)
     console.print(f"figures: mergedt report {' '.join(names)} {options}", soft_wrap=True, highlight=False)
 
 
@@ -256,14 +257,11 @@ def policies(results: ResultsOption = RESULTS) -> None:
     """The policies there are, with their mean scores."""
     from orchestrator.cli_query import write_rows
 
-    rows = (
-        Store(results)
-        .open_tables()
-        .query(
-            'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
-            "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
-            "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
-        )
+    tables = Store(results).open_tables()
+    rows = tables.query(
+        'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
+        "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
+        "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
     )
     write_rows(rows, "table", None)
 

@@ -181,8 +181,7 @@ class Mirror:
         """Write it there first, so that nothing is here that is not there."""
         if keep and self.exists(path):
             return False
-        with self._reached(), self._filesystem.open_output_stream(self._key(path)) as stream:
-            stream.write(content)
+        self._upload(path, content)
         write_atomically(path, content)
         self._date(path)
         return True
@@ -190,8 +189,7 @@ class Mirror:
     def push(self, path: Path) -> None:
         """In the order of their names."""
         for file in _files(path):
-            with self._reached(), self._filesystem.open_output_stream(self._key(file)) as stream:
-                stream.write(file.read_bytes())
+            self._upload(file, file.read_bytes())
             self._date(file)
 
     def fetch(self, path: Path) -> None:
@@ -202,8 +200,7 @@ class Mirror:
 
     def fetch_named(self, folder: Path, names: Iterable[str]) -> None:
         """Bring them here, unless the same are here."""
-        wanted = set(names)
-        self._bring(info for info in self._files_under(folder) if info.base_name in wanted)
+        self._bring(self._named(folder, names))
 
     def pull(self, folder: Path) -> None:
         """Bring what is missing here or different, remove what is gone there."""
@@ -224,8 +221,7 @@ class Mirror:
 
     def find(self, folder: Path, names: Iterable[str]) -> list[Path]:
         """In one listing."""
-        wanted = set(names)
-        return [self._path(info) for info in self._files_under(folder) if info.base_name in wanted]
+        return [self._path(info) for info in self._named(folder, names)]
 
     def remove(self, path: Path) -> None:
         """There first, then here."""
@@ -290,6 +286,10 @@ class Mirror:
             self.remove(claim)
         claim.unlink(missing_ok=True)
 
+    def _upload(self, path: Path, content: bytes) -> None:
+        with self._reached(), self._filesystem.open_output_stream(self._key(path)) as stream:
+            stream.write(content)
+
     def _bring(self, infos: Iterable[FileInfo]) -> None:
         for info in infos:
             path = self._path(info)
@@ -309,6 +309,10 @@ class Mirror:
                 FileSelector(self._key(folder), allow_not_found=True, recursive=True)
             )
         return [info for info in found if info.is_file]
+
+    def _named(self, folder: Path, names: Iterable[str]) -> list[FileInfo]:
+        wanted = set(names)
+        return [info for info in self._files_under(folder) if info.base_name in wanted]
 
     def _date(self, path: Path) -> None:
         """Give the file here the time that it has there."""

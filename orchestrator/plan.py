@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -46,7 +46,7 @@ class Plan:
     @property
     def trainings(self) -> tuple[Job, ...]:
         """What takes gradient steps."""
-        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Job))
+        return _jobs(self.artefacts)
 
     @property
     def others(self) -> tuple[Fisher | ImportLanguage, ...]:
@@ -107,32 +107,31 @@ class Part:
     @property
     def trainings(self) -> tuple[Job, ...]:
         """What takes gradient steps."""
-        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Job))
+        return _jobs(self.artefacts)
 
 
 def parts_of(plan: Plan, trainings: int) -> list[Part]:
     """The plan cut, in its order, into parts of at least so many trainings but the last, so that the first rows are
     there long before the last training. What no evaluation needs comes last."""
-    left = {artefact.id: artefact for artefact in plan.artefacts}
+    left = {artefact.id for artefact in plan.artefacts}
     found: list[Part] = []
     artefacts: list[Artefact] = []
     evaluations: list[Evaluate] = []
 
-    def take(recipe: Recipe) -> None:
-        for artefact in ingredients(recipe):
-            if left.pop(artefact.id, None) is not None:
-                for needed in inputs(artefact):
-                    take(needed)
-                artefacts.append(artefact)
+    def take(recipes: Iterable[Recipe]) -> int:
+        taken = _missing(recipes, left.__contains__)
+        left.difference_update(artefact.id for artefact in taken)
+        artefacts.extend(taken)
+        return len(_jobs(taken))
 
+    count = 0
     for evaluation in plan.evaluations:
-        take(evaluation)
+        count += take([evaluation])
         evaluations.append(evaluation)
-        if sum(isinstance(artefact, Job) for artefact in artefacts) >= trainings:
+        if count >= trainings:
             found.append(Part(tuple(artefacts), tuple(evaluations)))
-            artefacts, evaluations = [], []
-    for artefact in plan.artefacts:
-        take(artefact)
+            artefacts, evaluations, count = [], [], 0
+    take(plan.artefacts)
     return [*found, Part(tuple(artefacts), tuple(evaluations))] if artefacts or evaluations else found
 
 
@@ -148,7 +147,7 @@ def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     missing = tuple(evaluation for evaluation in evaluations if evaluation.id not in answered)
 
     wanted = [recipe for recipe in asked.values() if isinstance(recipe, AnyPolicy | Artefact)]
-    artefacts = _missing(chain(wanted, (evaluation.policy for evaluation in missing)), committed)
+    artefacts = _missing(chain(wanted, (evaluation.policy for evaluation in missing)), lambda i: i not in committed)
 
     datasets = [recipe for recipe in asked.values() if isinstance(recipe, Recording)]
     sources = _by_id(chain.from_iterable(parts(d) for d in (*datasets, *datasets_of(artefacts))))
@@ -168,8 +167,8 @@ def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     )
 
 
-def _missing(recipes: Iterable[Recipe], committed: Set[str]) -> tuple[Artefact, ...]:
-    """The artefacts that these recipes need and that are not committed, each after those it is made from itself."""
+def _missing(recipes: Iterable[Recipe], missing: Callable[[str], bool]) -> tuple[Artefact, ...]:
+    """The artefacts that these recipes need and whose ids are missing, each after those it is made from itself."""
     found: dict[str, Artefact] = {}
     seen: set[int] = set()
 
@@ -178,7 +177,7 @@ def _missing(recipes: Iterable[Recipe], committed: Set[str]) -> tuple[Artefact, 
             if id(artefact) in seen:  # a sweep repeats the same few objects
                 continue
             seen.add(id(artefact))
-            if artefact.id not in found and artefact.id not in committed:
+            if artefact.id not in found and missing(artefact.id):
                 for needed in inputs(artefact):
                     visit(needed)
                 found[artefact.id] = artefact
@@ -187,6 +186,10 @@ def _missing(recipes: Iterable[Recipe], committed: Set[str]) -> tuple[Artefact, 
     for recipe in kept:
         visit(recipe)
     return tuple(found.values())
+
+
+def _jobs(artefacts: Iterable[Artefact]) -> tuple[Job, ...]:
+    return tuple(artefact for artefact in artefacts if isinstance(artefact, Job))
 
 
 def datasets_of(artefacts: Iterable[Artefact]) -> Iterator[Dataset]:

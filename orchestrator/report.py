@@ -211,20 +211,22 @@ def _wide_table(each: Answer, show: Table) -> str:
     assert show.column is not None
     columns = list(dict.fromkeys(cell.labels[show.column] for cell in each.cells))
     lines: dict[tuple[str, ...], dict[Label, str]] = {}
+    compared: list[bool] = []  # with the paper's number: whether that lies outside our interval
     for cell in each.cells:
         paper = paper_value(each.experiment, cell)
-        ours = number(cell.estimates.get(show.value), show.value)
+        ours, outside = number(cell.estimates.get(show.value), show.value), apart(each.experiment, cell)
         if paper is not None:
-            ours += f"<br>**paper {plain(paper, show.value)}**{' ' + APART if apart(each.experiment, cell) else ''}"
+            ours += f"<br>**paper {plain(paper, show.value)}**{' ' + APART if outside else ''}"
+        if outside is not None:
+            compared.append(outside)
         key = tuple(spell(name, cell.labels[name]) for name in show.rows)
         lines.setdefault(key, {})[cell.labels[show.column]] = ours
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
     written = markdown_table(
         header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines.items())
     )
-    verdicts = [found for cell in each.cells if (found := apart(each.experiment, cell)) is not None]
-    many = f"{sum(verdicts)} of {len(verdicts)} cells"
-    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many})." if verdicts else written
+    many = f"{sum(compared)} of {len(compared)} cells"
+    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many})." if compared else written
 
 
 def _agreement(each: Answer) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dt.errors import UserError
-from dt.files import explained, flush_folder, write_atomically
+from dt.files import explained, flush_folder
 from orchestrator.place import place_of
 
 if TYPE_CHECKING:  # torch takes a second to import, and `mergedt query` does not need it
@@ -96,8 +96,7 @@ class Store:
         folder = self.training_path(recipe)
         _save(recipe, value, folder / file_name(recipe))
         self.place.push(folder / file_name(recipe))
-        write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
-        self.place.push(folder / OUTCOME)
+        self.place.put(folder / OUTCOME, json.dumps(outcome).encode())
 
     def finished(self, recipe: Job) -> bool:
         """Whether its training is through, though perhaps not committed."""

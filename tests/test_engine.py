@@ -34,7 +34,7 @@ from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
 from orchestrator.progress import phase
-from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Train, closure, ingredients
+from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Pretrain, Train, closure, ingredients
 from orchestrator.rollouts import Job, RolloutPool, jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
@@ -284,6 +284,10 @@ def test_lanes_share_the_work():
     assert lanes_of(recipes[:1], 2) == [recipes[:1]]
     wide = expert("hopper", steps=50, batch_size=80)
     assert lanes_of([*recipes, wide], 2)[0] == [wide]
+    every_word = Pretrain(
+        characters=1, vocabulary=8_192, block=60, architecture=ARCHITECTURE, optimisation=recipes[1].optimisation
+    )
+    assert lanes_of([*recipes, every_word], 2)[0] == [every_word]
 
 
 def test_policies_are_realised_recursively():

@@ -46,7 +46,6 @@ def test_experiments_use_only_declarations() -> None:
         "dt.merging.groups",
         "dt.model.architecture",
         "dt.training.harmony",
-        "dt.training.optimisation",
         "experiments",
         "orchestrator",
     )
