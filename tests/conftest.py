@@ -16,10 +16,21 @@ from orchestrator.session import Session, connect
 torch.set_num_threads(1)
 
 
+FEW = 5  # processes that the tests kill; `make chaos` kills more, and runs the tests marked `chaos`
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long `tests/chaos` goes on."""
-    parser.addoption("--kills", type=int, default=5, help="processes that tests/chaos kills (at least one of each)")
+    parser.addoption("--kills", type=int, default=FEW, help="processes that tests/chaos kills (at least one of each)")
     parser.addoption("--chaos-seed", type=int, default=0, help="of the moments they are killed at")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave what takes many minutes to `make chaos`."""
+    if config.getoption("kills") <= FEW:
+        for item in items:
+            if item.get_closest_marker("chaos"):
+                item.add_marker(pytest.mark.skip(reason="part of `make chaos`"))
 
 
 @pytest.fixture(scope="session")

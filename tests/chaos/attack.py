@@ -99,6 +99,7 @@ class Run:
     def __init__(self, results: Path) -> None:
         self.results, self._log = results, results.with_suffix(".log")
         with self._log.open("a") as log:
+            self._silence = log.tell()
             self._process = subprocess.Popen(
                 **program("driver.py", results, RAY_ADDRESS=""), stdout=log, stderr=log, start_new_session=True
             )
@@ -152,6 +153,8 @@ class Run:
     def _find(self, kind: str) -> int | None:
         """A living process of that kind that descends from the driver; itself, for what is not done to others."""
         if kind == LOSS and not recordings(self.results):
+            return None
+        if kind in POLITE and self._log.stat().st_size == self._silence:  # still importing, before it can be polite
             return None
         if kind not in _COMMANDS:
             return self._process.pid if self._process.poll() is None else None

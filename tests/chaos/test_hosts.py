@@ -5,17 +5,15 @@ from pathlib import Path
 from shutil import which
 
 import pytest
-from attack import KILLS, PATIENCE, check_equal, program
+from attack import PATIENCE, check_equal, program
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "how"), [("nodes", "killed"), ("namespaces", "cut off")])
 def test_a_lost_node_changes_no_row_and_a_stranger_is_refused(
-    request: pytest.FixtureRequest, tmp_path: Path, pytestconfig: pytest.Config, kind: str, how: str
+    finished: Path, tmp_path: Path, kind: str, how: str
 ) -> None:
-    if pytestconfig.getoption("kills") <= len(KILLS):
-        pytest.skip("three Rays take minutes to start: part of `make chaos`")
-    finished = request.getfixturevalue("finished")
     if kind == "namespaces" and not _may_make_namespaces():
         pytest.skip("network namespaces take root and iproute2")
     hosts = program("hosts.py", tmp_path / "results", kind)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from attack import KILLS, PATIENCE
+from attack import PATIENCE
 
 from orchestrator.session import _end_processes
 from orchestrator.tables import Tables
@@ -83,12 +83,9 @@ def session() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
-def test_the_on_premise_file_starts_a_cluster_that_runs_our_commands(
-    session: Path, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    if pytestconfig.getoption("kills") <= len(KILLS):
-        pytest.skip("a Ray with a dashboard and three drivers take minutes: part of `make chaos`")
+def test_the_on_premise_file_starts_a_cluster_that_runs_our_commands(session: Path, tmp_path: Path) -> None:
     launcher, results = Launcher(tmp_path, session), tmp_path / "results"
     launcher.ray("up", "-y", "--no-config-cache", launcher.file)
     assert (launcher.remote / ".ray" / "auth_token").stat().st_mode & 0o077 == 0

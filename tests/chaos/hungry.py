@@ -1,0 +1,78 @@
+"""A pool of two rollout actors, one of which takes more memory than there is to take, once or whenever it is asked.
+Usage: hungry.py MARK. Prints which process did which job, what became of the job
+that never has enough, and which processes took too much.
+
+Ray's memory monitor ends the process; the test sets the limit (RAY_memory_usage_threshold) a little above what is used.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import ray
+from toy import sweep
+
+from orchestrator.recipes import ingredients
+from orchestrator.rollouts import WORKER_CPUS, Job, RolloutPool
+from orchestrator.session import connect
+
+MARK = Path(sys.argv[1])
+ONCE, ALWAYS = 0, 1  # the jobs that take too much
+MOST = 12 << 30  # bytes that are taken before giving up on being noticed
+
+
+@ray.remote(num_cpus=WORKER_CPUS, max_restarts=-1, max_task_retries=2)
+class Worker:
+    """Answers with its process."""
+
+    def __init__(self, mark: Path, greedy: dict[str, int]) -> None:
+        self._mark, self._greedy = mark, greedy
+
+    def ready(self) -> None:
+        """It is."""
+
+    def evaluate(self, job: Job, weights: object) -> int:
+        """A moment of work."""
+        del weights
+        kind = self._greedy.get(job[0].id)
+        if kind == ALWAYS or (kind == ONCE and not self._mark.exists()):
+            with self._mark.open("a") as mark:
+                print(os.getpid(), file=mark)
+            _eat()
+        time.sleep(0.5)
+        return os.getpid()
+
+
+def _eat() -> None:
+    taken: list[bytearray] = []
+    while sum(map(len, taken)) < MOST:
+        taken.append(bytearray(os.urandom(1 << 20) * 128))  # not zeros, which cost nothing
+        time.sleep(0.1)
+
+
+def main() -> None:
+    """All jobs at once, twice."""
+    jobs = [(evaluation,) for evaluation in sweep()]
+    parts = {part.id: part for (evaluation,) in jobs for part in ingredients(evaluation)}
+    greedy = {jobs[kind][0].id: kind for kind in (ONCE, ALWAYS)}
+
+    class Hungry:
+        """The pool starts its workers without a word."""
+
+        @staticmethod
+        def remote() -> object:
+            return Worker.remote(MARK, greedy)
+
+    with connect("local", cpus=2):
+        pool = RolloutPool.remote({name: (part, ray.put({})) for name, part in parts.items()}, Hungry)
+        ray.get(pool.recruit.remote(2))
+        answers = ray.get([pool.evaluate.remote(job) for job in jobs])
+        after = ray.get([pool.evaluate.remote(job) for job in jobs if job[0].id not in greedy])
+    told = [answer if isinstance(answer, int) else [failure.why for failure in answer] for answer in answers]
+    print(json.dumps({"answers": told, "after": after, "greedy": [int(line) for line in MARK.read_text().split()]}))
+
+
+if __name__ == "__main__":
+    main()
