@@ -17,22 +17,21 @@ EXIT_STATUS = 2
 
 
 @contextmanager
-def lifeline(address: str, patience: float, farewell: Callable[[], None]) -> Iterator[None]:
-    """Leave the process with a sentence once nobody has answered at the head's address (host:port) for that long.
+def lifeline(head: Callable[[], str | None], patience: float, farewell: Callable[[], None]) -> Iterator[None]:
+    """Leave the process with a sentence once nobody has answered at the head's address for that many seconds.
 
-    Without a head, calls to Ray neither return nor raise, so there is no one to tell by an exception; and nothing is
-    lost, for what was computed is committed at once. farewell: called before leaving, to end what is left of it.
+    head: says the address (host:port), None as long as there is none to be missed. Without a head, calls to Ray neither
+    return nor raise, so there is no one to tell by an exception; and nothing is lost, for what was computed is
+    committed at once. farewell: called before leaving, to end what is left of it.
     """
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(address, patience, farewell, over), daemon=True)
-    if answers(address):  # else it is behind a proxy, and its silence means nothing
-        watcher.start()
+    watcher = threading.Thread(target=_watch, args=(head, patience, farewell, over), daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         over.set()
-        if watcher.ident:
-            watcher.join()
+        watcher.join()
 
 
 def answers(address: str) -> bool:
@@ -45,10 +44,12 @@ def answers(address: str) -> bool:
     return True
 
 
-def _watch(address: str, patience: float, farewell: Callable[[], None], over: threading.Event) -> None:
+def _watch(
+    head: Callable[[], str | None], patience: float, farewell: Callable[[], None], over: threading.Event
+) -> None:
     heard = time.monotonic()
     while not over.wait(_PERIOD_SECONDS):
-        if answers(address):
+        if (address := head()) is None or answers(address):
             heard = time.monotonic()
         elif time.monotonic() - heard > patience:
             cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dt.errors import UserError
-from orchestrator.lifeline import lifeline
+from orchestrator.lifeline import answers, lifeline
 from orchestrator.place import Place, place_of
 
 _ENVIRONMENT = {
@@ -70,11 +70,14 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
         return
     if where == "local":
         with _folder() as folder:
+            farewell = partial(_end_processes, folder)
             try:
-                _start(folder, cpus)
-                _silence(folder)
-                with _terminable(), lifeline(_head(), EMBEDDED_PATIENCE_SECONDS, partial(_end_processes, folder)):
-                    yield _session(embedded=True)
+                with lifeline(partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
+                    with _terminable():
+                        _start(folder, cpus)
+                    _silence(folder)
+                    with _terminable():  # again, for Ray takes the signal for itself when it starts
+                        yield _session(embedded=True)
             finally:
                 ray.shutdown()
                 _end_processes(folder)
@@ -87,7 +90,9 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        with _terminable(), lifeline(_head(), HEAD_PATIENCE_SECONDS, lambda: None):
+        address = str(ray.get_runtime_context().gcs_address)
+        head = address if answers(address) else None  # else it is behind a proxy, and its silence means nothing
+        with _terminable(), lifeline(lambda: head, HEAD_PATIENCE_SECONDS, lambda: None):
             yield _session(embedded=False)
     finally:
         ray.shutdown()
@@ -125,18 +130,33 @@ def _start(folder: Path, cpus: int | None) -> None:
         except Exception as error:
             reason = error
         while time.monotonic() < deadline and any(b"raylet/raylet" in command for _, command in processes(str(folder))):
-            for port in sorted(folder.glob("session_*/gcs_server_port_*"))[-1:]:
+            if head := _embedded_head(folder):
                 with suppress(Exception):
-                    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-                    ray.init(address=f"{here}:{port.read_text().strip()}", **quiet)
+                    ray.init(address=head, **quiet)
                     return
             time.sleep(1)
+        for port in _ports(folder):  # this head is not missed
+            port.unlink()
         _end_processes(folder)
         if time.monotonic() > deadline:
             said = str(reason).strip().splitlines()[0]
             raise UserError(
                 f"Ray does not start on this machine ({said}): when it is less busy, run the same command again"
             ) from reason
+
+
+def _embedded_head(folder: Path) -> str | None:
+    """Address of the head of the Ray that lives there; None as long as it is not up."""
+    import ray
+
+    for path in reversed(_ports(folder)):
+        with suppress(OSError):  # it is being given up
+            return f"{ray.util.get_node_ip_address()}:{path.read_text().strip()}"  # type: ignore[no-untyped-call]
+    return None
+
+
+def _ports(folder: Path) -> list[Path]:
+    return sorted(folder.glob("session_2*/gcs_server_port_*"))
 
 
 def _silence(folder: Path) -> None:
@@ -228,12 +248,6 @@ def _see(results: str, name: str) -> str:
     except (OSError, UserError) as error:
         return str(error)
     return said
-
-
-def _head() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().gcs_address)
 
 
 def _session(*, embedded: bool) -> Session:

@@ -1,14 +1,21 @@
-"""A head that is gone ends the run with a sentence; one that never answered is not missed."""
+"""A head that is gone ends the run with a sentence; one that is not up yet is not missed."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from orchestrator.session import processes
 
 CODE = """
 import sys, time
 from orchestrator.lifeline import lifeline
-with lifeline(sys.argv[1], 1.5, lambda: print("farewell", flush=True)):
+with lifeline(lambda: sys.argv[1] or None, 1.5, lambda: print("farewell", flush=True)):
     print("watched", flush=True)
     time.sleep(float(sys.argv[2]))
 print("through")
@@ -40,12 +47,35 @@ def test_a_head_that_is_gone_ends_the_run_with_a_sentence() -> None:
     )
 
 
-def test_a_head_that_answers_or_never_did_ends_nothing() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as head, socket.create_server(("127.0.0.1", 0)) as other:
-        silent = f"127.0.0.1:{other.getsockname()[1]}"
-        other.close()
-        watched = [watching(f"127.0.0.1:{head.getsockname()[1]}", 3), watching(silent, 3)]
+def test_a_head_that_answers_or_is_not_there_yet_ends_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        watched = [watching(f"127.0.0.1:{head.getsockname()[1]}", 3), watching("", 3)]
         for process in watched:
             said, told = process.communicate(timeout=60)
             assert (process.returncode, told) == (0, "")
             assert said == "watched\nthrough\n"
+
+
+@pytest.mark.slow
+def test_an_embedded_head_that_is_gone_before_ray_is_up_is_missed_too() -> None:
+    """Ray would wait for it for a minute, then end the process without a word of ours."""
+    code = "from orchestrator.session import connect\nwith connect('local', cpus=1): print('up', input())"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    deadline = time.monotonic() + 300
+    while not (ports := list(Path("/tmp").glob(f"mergedt-ray-{run.pid}-*/session_2*/gcs_server_port_*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    folder = str(ports[0].parents[1])
+    (head,) = (process for process, command in processes(folder) if b"gcs_server" in command.split(b"\0")[0])
+    os.kill(head, signal.SIGKILL)
+    _, told = run.communicate(timeout=300)
+    assert run.returncode == 2, told
+    assert told.splitlines()[-1].startswith("mergedt: the head of Ray at ")
+    assert processes(folder) == []
