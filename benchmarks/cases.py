@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -141,10 +142,46 @@ def planning(rounds: int) -> Iterator[Measurement]:
     yield Measurement("planning", "recipe", interleaved({"ours": plan}, max(1, rounds // 3))["ours"] / count)
 
 
+def orchestration(rounds: int) -> Iterator[Measurement]:
+    """A sweep of merges through Tune, pool and commits, on one worker and on two; its floor is what the rollouts took.
+
+    On two the literal way is one worker, so that "× faster" says how it scales.
+    """
+    from benchmarks.scale import Curve
+    from orchestrator.session import connect
+    from orchestrator.sweeps import sweep
+
+    data = record_chunk(TASK.name, "expert", 0, 0, 1)
+    experts = [Train(dataset=Recording(task=TASK.name, quality="expert", episodes=1), seed=seed) for seed in (0, 1)]
+    policies = [train({TASK.name: data}, BASE, Optimisation(), seed=expert.seed).result() for expert in experts]
+    asked = [
+        Evaluate(policy=Merge(sources=tuple(experts), group="mlp", alpha=i / 10), task=TASK.name, episodes=10, seed=0)
+        for i in range(8)
+    ]
+    rollouts: dict[int, list[float]] = {1: [], 2: []}  # seconds an evaluation, by workers
+
+    def swept(workers: int) -> None:
+        with TemporaryDirectory() as folder:
+            store, tables = Store(folder), Tables(Path(folder, "tables"))
+            for expert, policy in zip(experts, policies, strict=True):
+                store.save(expert, policy)
+            failures = sweep(asked, store, tables, workers=workers, phase=Curve(len(asked)))
+            (row,) = tables.query("SELECT sum(seconds) AS seconds FROM runs").to_pylist()
+        assert not failures
+        rollouts[workers].append(row["seconds"] / len(asked))
+
+    with connect("local", cpus=2):
+        seconds = interleaved({"one": partial(swept, 1), "two": partial(swept, 2)}, max(1, rounds // 3))
+    one, two = seconds["one"] / len(asked), seconds["two"] / len(asked)
+    yield Measurement("sweep on 1 worker", "evaluation", one, None, median(rollouts[1][1:]))
+    yield Measurement("sweep on 2 workers", "evaluation", two, one, median(rollouts[2][1:]) / 2)
+
+
 CASES: Mapping[str, Callable[[int], Iterator[Measurement]]] = {
     "training": training,
     "evaluation": evaluation,
     "together": together,
     "merging": merging,
     "planning": planning,
+    "orchestration": orchestration,
 }

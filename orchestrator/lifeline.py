@@ -1,4 +1,5 @@
-"""Noticing that the head of a Ray cluster is gone: Ray tells nobody, and aborts a minute later with a C++ stack."""
+"""Noticing that a run has lost its Ray. Of a head that is gone Ray tells nobody and aborts a minute later with a C++
+stack; without the node that the run is connected to, what waits for a place to start waits for ever."""
 
 from __future__ import annotations
 
@@ -17,15 +18,17 @@ EXIT_STATUS = 2
 
 
 @contextmanager
-def lifeline(head: Callable[[], str | None], patience: float, farewell: Callable[[], None]) -> Iterator[None]:
-    """Leave the process with a sentence once nobody has answered at the head's address for that many seconds.
+def lifeline(
+    what: str, address: Callable[[], str | None], patience: float, farewell: Callable[[], None]
+) -> Iterator[None]:
+    """Leave the process with a sentence once nobody has answered there for that many seconds.
 
-    head: says the address (host:port), None as long as there is none to be missed. Without a head, calls to Ray neither
-    return nor raise, so there is no one to tell by an exception; and nothing is lost, for what was computed is
-    committed at once. farewell: called before leaving, to end what is left of it.
+    what: the head of a cluster, say, without which calls to Ray neither return nor raise, so that there is no one to
+    tell by an exception; and nothing is lost, for what was computed is committed at once. address: host:port, None as
+    long as there is none to be missed. farewell: called before leaving, to end what is left of it.
     """
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(head, patience, farewell, over), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(what, address, patience, farewell, over), daemon=True)
     watcher.start()
     try:
         yield
@@ -45,16 +48,16 @@ def answers(address: str) -> bool:
 
 
 def _watch(
-    head: Callable[[], str | None], patience: float, farewell: Callable[[], None], over: threading.Event
+    what: str, address: Callable[[], str | None], patience: float, farewell: Callable[[], None], over: threading.Event
 ) -> None:
     heard = time.monotonic()
     while not over.wait(_PERIOD_SECONDS):
-        if (address := head()) is None or answers(address):
+        if (where := address()) is None or answers(where):
             heard = time.monotonic()
         elif time.monotonic() - heard > patience:
             cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
             print(
-                f"{cursor}mergedt: the head of Ray at {address} is gone (of memory? with its machine?): "
+                f"{cursor}mergedt: {what} at {where} is gone (of memory? with its machine?): "
                 "run the same command again to go on",
                 file=sys.stderr,
                 flush=True,

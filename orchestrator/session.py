@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default, and it silences a warning
 }
 _FOLDER = "mergedt-ray"
+HEAD, NODE = "the head of Ray", "this run's node of Ray"
 PATIENCE_SECONDS = 900.0  # for an embedded Ray that is slow to start
 HEAD_PATIENCE_SECONDS = 45.0  # with a cluster's head that may be started again; Ray itself gives up after 60
 EMBEDDED_PATIENCE_SECONDS = 3.0  # nobody starts that one again
@@ -72,11 +73,12 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
         with _folder() as folder:
             farewell = partial(_end_processes, folder)
             try:
-                with lifeline(partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
+                with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
                     with _terminable():
                         _start(folder, cpus)
                     _silence(folder)
-                    with _terminable():  # again, for Ray takes the signal for itself when it starts
+                    # again, for Ray takes the signal for itself when it starts
+                    with _terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
                         yield _session(embedded=True)
             finally:
                 ray.shutdown()
@@ -90,9 +92,12 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        address = str(ray.get_runtime_context().gcs_address)
-        head = address if answers(address) else None  # else it is behind a proxy, and its silence means nothing
-        with _terminable(), lifeline(lambda: head, HEAD_PATIENCE_SECONDS, lambda: None):
+        head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
+        with (
+            _terminable(),
+            lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, lambda: None),
+            lifeline(NODE, node, HEAD_PATIENCE_SECONDS, lambda: None),
+        ):
             yield _session(embedded=False)
     finally:
         ray.shutdown()
@@ -143,6 +148,21 @@ def _start(folder: Path, cpus: int | None) -> None:
             raise UserError(
                 f"Ray does not start on this machine ({said}): when it is less busy, run the same command again"
             ) from reason
+
+
+def _now(address: str) -> Callable[[], str | None]:
+    """The address, if it answers now; else it is behind a proxy, and its silence means nothing."""
+    found = address if answers(address) else None
+    return lambda: found
+
+
+def _node() -> str:
+    """Address of the node that this process is connected to."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    (node,) = (each for each in ray.nodes() if each["NodeID"] == mine)  # type: ignore[no-untyped-call]
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
 def _embedded_head(folder: Path) -> str | None:

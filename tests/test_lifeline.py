@@ -15,7 +15,7 @@ from orchestrator.session import processes
 CODE = """
 import sys, time
 from orchestrator.lifeline import lifeline
-with lifeline(lambda: sys.argv[1] or None, 1.5, lambda: print("farewell", flush=True)):
+with lifeline('the head', lambda: sys.argv[1] or None, 1.5, lambda: print("farewell", flush=True)):
     print("watched", flush=True)
     time.sleep(float(sys.argv[2]))
 print("through")
@@ -42,8 +42,7 @@ def test_a_head_that_is_gone_ends_the_run_with_a_sentence() -> None:
     assert process.returncode == 2
     assert said == "farewell\n"
     assert told == (
-        f"mergedt: the head of Ray at {address} is gone (of memory? with its machine?): "
-        "run the same command again to go on\n"
+        f"mergedt: the head at {address} is gone (of memory? with its machine?): run the same command again to go on\n"
     )
 
 
@@ -57,13 +56,19 @@ def test_a_head_that_answers_or_is_not_there_yet_ends_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_an_embedded_head_that_is_gone_before_ray_is_up_is_missed_too() -> None:
-    """Ray would wait for it for a minute, then end the process without a word of ours."""
-    code = "from orchestrator.session import connect\nwith connect('local', cpus=1): print('up', input())"
+@pytest.mark.parametrize(
+    ("up", "program", "what"),
+    [(False, b"gcs_server", "the head of Ray"), (True, b"raylet/raylet", "this run's node of Ray")],
+)
+def test_an_embedded_ray_that_falls_apart_is_missed(up: bool, program: bytes, what: str) -> None:
+    """While Ray starts it would wait for its head for a minute, then end the process without a word of ours; without
+    its node it waits for ever."""
+    code = "from orchestrator.session import connect\nwith connect('local', cpus=1): print('up', flush=True), input()"
     run = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
@@ -72,10 +77,13 @@ def test_an_embedded_head_that_is_gone_before_ray_is_up_is_missed_too() -> None:
     while not (ports := list(Path("/tmp").glob(f"mergedt-ray-{run.pid}-*/session_2*/gcs_server_port_*"))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    if up:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "up\n"
     folder = str(ports[0].parents[1])
-    (head,) = (process for process, command in processes(folder) if b"gcs_server" in command.split(b"\0")[0])
-    os.kill(head, signal.SIGKILL)
-    _, told = run.communicate(timeout=300)
-    assert run.returncode == 2, told
-    assert told.splitlines()[-1].startswith("mergedt: the head of Ray at ")
+    (victim,) = (process for process, command in processes(folder) if program in command.split(b"\0")[0])
+    os.kill(victim, signal.SIGKILL)
+    assert run.wait(timeout=300) == 2
+    assert run.stderr is not None
+    assert run.stderr.read().splitlines()[-1].startswith(f"mergedt: {what} at ")
     assert processes(folder) == []
