@@ -69,23 +69,37 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
     if ray.is_initialized():
         yield _session(embedded=False)
         return
-    if where == "local":
-        with _folder() as folder:
-            farewell = partial(_end_processes, folder)
-            try:
-                with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
-                    with _terminable():
-                        _start(folder, cpus)
-                    _silence(folder)
-                    # again, for Ray takes the signal for itself when it starts
-                    with _terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
-                        yield _session(embedded=True)
-            finally:
-                ray.shutdown()
-                _end_processes(folder)
-        return
+    with _terminable(), _embedded(cpus) if where == "local" else _connected(where) as session:
+        yield session
+
+
+@contextmanager
+def _embedded(cpus: int | None) -> Iterator[Session]:
+    """A Ray of our own, which ends with the block."""
+    import ray
+
+    with _folder() as folder:
+        farewell = partial(_end_processes, folder)
+        try:
+            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
+                with _tamed():
+                    _start(folder, cpus)
+                _silence(folder)
+                with _terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
+                    yield _session(embedded=True)
+        finally:
+            ray.shutdown()
+            _end_processes(folder)
+
+
+@contextmanager
+def _connected(where: str) -> Iterator[Session]:
+    """The Ray that runs there."""
+    import ray
+
     try:
-        ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        with _tamed():
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
@@ -105,7 +119,8 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM, as a scheduler sends it, end the block as Ctrl-C does; Ray would print a C++ stack and be gone."""
+    """Let SIGTERM, as a scheduler sends it, end the block as Ctrl-C does. Again once Ray is up: it takes the signal for
+    itself in C++, to print a stack and be gone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -129,8 +144,7 @@ def _start(folder: Path, cpus: int | None) -> None:
     while True:
         try:
             # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
-            with _lean_agents():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
             return
         except Exception as error:
             reason = error
@@ -188,23 +202,28 @@ def _silence(folder: Path) -> None:
 
 
 @contextmanager
-def _lean_agents() -> Iterator[None]:
-    """Let Ray believe that the dashboard's packages are missing: its agents then start in a third of the time.
+def _tamed() -> Iterator[None]:
+    """Change Ray in two ways while it starts, by functions private to it that are put back; where they have gone, Ray
+    starts as ever.
 
-    They are needed by nothing here, and where they take over half a minute the node gives up. The switch is private to
-    Ray and put back; where it has gone, Ray starts as ever.
+    It believes that the dashboard's packages are missing. An embedded Ray's agents then start in a third of the time;
+    they are needed by nothing here, and where they take over half a minute the node gives up. And it does not take
+    SIGTERM for itself in Python, either, on which it would wait and leave without a word.
     """
     from ray._private import utils
 
-    switch = "get_dashboard_dependency_error"
-    former = getattr(utils, switch, None)
-    if former is not None:
-        setattr(utils, switch, lambda: "not wanted")
+    ours: dict[str, Callable[..., object]] = {
+        "get_dashboard_dependency_error": lambda: "not wanted",
+        "set_sigterm_handler": lambda _: None,
+    }
+    theirs = {name: getattr(utils, name) for name in ours if hasattr(utils, name)}
+    for name in theirs:
+        setattr(utils, name, ours[name])
     try:
         yield
     finally:
-        if former is not None:
-            setattr(utils, switch, former)
+        for name, former in theirs.items():
+            setattr(utils, name, former)
 
 
 def processes(mark: str) -> list[tuple[int, bytes]]:

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,14 +57,9 @@ def test_a_head_that_answers_or_is_not_there_yet_ends_nothing() -> None:
             assert said == "watched\nthrough\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("up", "program", "what"),
-    [(False, b"gcs_server", "the head of Ray"), (True, b"raylet/raylet", "this run's node of Ray")],
-)
-def test_an_embedded_ray_that_falls_apart_is_missed(up: bool, program: bytes, what: str) -> None:
-    """While Ray starts it would wait for its head for a minute, then end the process without a word of ours; without
-    its node it waits for ever."""
+@contextmanager
+def embedded() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that starts a Ray and stays; the folder of that, as soon as its head is up."""
     code = "from orchestrator.session import connect\nwith connect('local', cpus=1): print('up', flush=True), input()"
     run = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -73,17 +70,41 @@ def test_an_embedded_ray_that_falls_apart_is_missed(up: bool, program: bytes, wh
         text=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
-    deadline = time.monotonic() + 300
-    while not (ports := list(Path("/tmp").glob(f"mergedt-ray-{run.pid}-*/session_2*/gcs_server_port_*"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    if up:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "up\n"
-    folder = str(ports[0].parents[1])
-    (victim,) = (process for process, command in processes(folder) if program in command.split(b"\0")[0])
-    os.kill(victim, signal.SIGKILL)
-    assert run.wait(timeout=300) == 2
-    assert run.stderr is not None
-    assert run.stderr.read().splitlines()[-1].startswith(f"mergedt: {what} at ")
-    assert processes(folder) == []
+    try:
+        deadline = time.monotonic() + 300
+        while not (ports := list(Path("/tmp").glob(f"mergedt-ray-{run.pid}-*/session_2*/gcs_server_port_*"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield run, ports[0].parents[1]
+    finally:
+        run.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("up", "program", "what"),
+    [(False, b"gcs_server", "the head of Ray"), (True, b"raylet/raylet", "this run's node of Ray")],
+)
+def test_an_embedded_ray_that_falls_apart_is_missed(up: bool, program: bytes, what: str) -> None:
+    """While Ray starts it would wait for its head for a minute, then end the process without a word of ours; without
+    its node it waits for ever."""
+    with embedded() as (run, folder):
+        if up:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "up\n"
+        (victim,) = (process for process, command in processes(str(folder)) if program in command.split(b"\0")[0])
+        os.kill(victim, signal.SIGKILL)
+        assert run.wait(timeout=300) == 2
+        assert run.stderr is not None
+        assert run.stderr.read().splitlines()[-1].startswith(f"mergedt: {what} at ")
+        assert processes(str(folder)) == []
+
+
+@pytest.mark.slow
+def test_termination_while_ray_starts_is_an_interruption_that_leaves_nothing() -> None:
+    """Ray, which takes the signal for itself there, would leave with a status of its own."""
+    with embedded() as (run, folder):
+        run.terminate()
+        assert run.wait(timeout=120) in (-signal.SIGINT, 128 + signal.SIGINT)  # what Python does of KeyboardInterrupt
+        assert processes(str(folder)) == []
+        assert not folder.exists()
