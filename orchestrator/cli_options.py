@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from dt.errors import UserError
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
+from orchestrator.lifeline import terminable
 from orchestrator.profiles import get_profile
 from orchestrator.store import Store
 
@@ -72,7 +73,8 @@ class Courteous(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except UserError as error:
             _leave(str(error))
         except ValidationError as error:

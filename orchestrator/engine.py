@@ -97,7 +97,7 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
             skipped += len(part.evaluations) - len(ready)
             if ready:
                 failures += _evaluate(ready, settings, session, store, tables, console)
-    if failures:
+    if failures or skipped:
         raise _failed(failures, skipped)
 
 
@@ -149,7 +149,8 @@ def _record_chunk(recording: Recording, first: int, count: int) -> _Chunk:
 def _write_recording(
     recording: Recording, chunks: Sequence[_Chunk], began: datetime, store: Store, tables: Tables
 ) -> None:
-    """Join the chunks, write the dataset, and read it back to be sure that it is the one."""
+    """Join the chunks, write the dataset, and read it back to be sure that it is the one. Its row comes first: once the
+    dataset is there, nobody would write that any more."""
     from dt.behaviour.record import write_recording
     from dt.data.sources import load_recorded
     from dt.data.trajectories import concatenate
@@ -157,13 +158,13 @@ def _write_recording(
 
     which = (recording.task, recording.quality, recording.episodes, recording.seed, store.datasets)
     trajectories = concatenate([chunk.trajectories for chunk in chunks])
+    seconds = sum(chunk.seconds for chunk in chunks)
+    tables.append("runs", recording.id, run_rows(run_row(recording, began, seconds, threads=1, precision=None)))
     with explained(store.datasets):
         path = write_recording(trajectories, *which)
     store.place.push(path)
     if load_recorded(*which).content_hash != trajectories.content_hash:
         raise UserError(f"the recording at {path} does not read back as it was written: check the disk and delete it")
-    seconds = sum(chunk.seconds for chunk in chunks)
-    tables.append("runs", recording.id, run_rows(run_row(recording, began, seconds, threads=1, precision=None)))
 
 
 def _make(
@@ -181,7 +182,7 @@ def _make(
         trainings = [artefact for artefact in wave if isinstance(artefact, Job)]
         if others:
             with phase(console, "estimates", len(others), "of them") as shown:
-                failures += compute_all(others, store, tables, phase=shown)
+                failures += compute_all(others, store, phase=shown)
         if trainings:
             with phase(console, "trainings", sum(each.optimisation.steps for each in trainings), "steps") as shown:
                 failures += train_all(
@@ -249,7 +250,8 @@ def _begun(recipes: Sequence[Recipe], store: Store) -> list[Job]:
 
 
 def _failed(failures: Sequence[Failure], skipped: int) -> UserError:
-    first = failures[0]
-    more = [f"{len(failures) - 1} more failed"] * (len(failures) > 1)
-    more += [f"{skipped} evaluations wait for a policy"] * (skipped > 0)
+    waiting = [f"{skipped} evaluations wait for a policy"] * (skipped > 0)
+    if not failures:  # it was there when the plan was made
+        return UserError(f"{waiting[0]} that was deleted meanwhile: run the same command again")
+    first, more = failures[0], [f"{len(failures) - 1} more failed"] * (len(failures) > 1) + waiting
     return UserError(f"{first.what} failed: {first.why}" + (f" ({'; '.join(more)})" if more else ""))

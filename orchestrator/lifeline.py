@@ -4,6 +4,7 @@ stack; without the node that the run is connected to, what waits for a place to 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -64,3 +65,19 @@ def _watch(
             )
             farewell()
             os._exit(EXIT_STATUS)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM, as a scheduler sends it, end the block as Ctrl-C does.
+
+    Ray, once it is up, takes the signal for itself in C++, to print a stack and be gone: then it takes another.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)

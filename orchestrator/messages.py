@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from dt.errors import UserError
 from orchestrator.recipes import (
@@ -20,6 +28,15 @@ from orchestrator.recipes import (
     Train,
     TrainTogether,
     Vote,
+)
+
+_DEATHS = (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
 )
 
 
@@ -71,7 +88,7 @@ def explain(error: BaseException) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError):
         return str(cause)
-    if isinstance(cause, RayError):
+    if isinstance(cause, _DEATHS):
         return "its process died (of memory? with its machine?): run the same command again"
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dt.errors import UserError
-from orchestrator.lifeline import answers, lifeline
+from orchestrator.lifeline import answers, lifeline, terminable
 from orchestrator.place import Place, place_of
 
 _ENVIRONMENT = {
@@ -37,8 +36,10 @@ _ENVIRONMENT = {
 _FOLDER = "mergedt-ray"
 HEAD, NODE = "the head of Ray", "this run's node of Ray"
 PATIENCE_SECONDS = 900.0  # for an embedded Ray that is slow to start
+AT_ONCE_SECONDS, QUICK_FAILURES = 10.0, 3  # for one that cannot: Ray's own patience is 30 s
+ANSWER_SECONDS = 300.0  # of a node that is asked whether it sees the results
 HEAD_PATIENCE_SECONDS = 45.0  # with a cluster's head that may be started again; Ray itself gives up after 60
-EMBEDDED_PATIENCE_SECONDS = 3.0  # nobody starts that one again
+EMBEDDED_PATIENCE_SECONDS = 10.0  # nobody starts that one again, but a network may be away for a moment
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,23 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
     cpus: of an embedded Ray, all of the machine's when None. Raises UserError when the cluster cannot be reached.
     """
     where = address or os.environ.get("RAY_ADDRESS") or "local"
+    if where.startswith("ray://"):
+        raise UserError(f"{where} is an address of Ray's client: give host:port, or run the command on the cluster")
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         _authenticate(new_cluster=where == "local")
     import ray
 
+    from orchestrator.messages import explain
+
     if ray.is_initialized():
         yield _session(embedded=False)
         return
-    with _terminable(), _embedded(cpus) if where == "local" else _connected(where) as session:
-        yield session
+    try:
+        with terminable(), _embedded(cpus) if where == "local" else _connected(where) as session:
+            yield session
+    except ray.exceptions.RayError as error:
+        raise UserError(f"the run failed in Ray: {explain(error)}") from error
 
 
 @contextmanager
@@ -78,14 +86,15 @@ def _embedded(cpus: int | None) -> Iterator[Session]:
     """A Ray of our own, which ends with the block."""
     import ray
 
-    with _folder() as folder:
+    with own_folder() as folder:
         farewell = partial(_end_processes, folder)
         try:
             with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
                 with _tamed():
                     _start(folder, cpus)
-                _silence(folder)
-                with _terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
+                with terminable():
+                    _silence(folder)
+                with terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
                     yield _session(embedded=True)
         finally:
             ray.shutdown()
@@ -100,54 +109,44 @@ def _connected(where: str) -> Iterator[Session]:
     try:
         with _tamed():
             ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
-        with (
-            _terminable(),
-            lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, lambda: None),
-            lifeline(NODE, node, HEAD_PATIENCE_SECONDS, lambda: None),
-        ):
-            yield _session(embedded=False)
+        with terminable():
+            head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
+            with (
+                lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, lambda: None),
+                lifeline(NODE, node, HEAD_PATIENCE_SECONDS, lambda: None),
+            ):
+                yield _session(embedded=False)
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM, as a scheduler sends it, end the block as Ctrl-C does. Again once Ray is up: it takes the signal for
-    itself in C++, to print a stack and be gone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
 
 
 def _start(folder: Path, cpus: int | None) -> None:
     """Start an embedded Ray.
 
     Ray gives its node 30 seconds to come up. On a busy machine it needs more: as long as the node is still starting it
-    is waited for and then joined; if it gave up, another is started.
+    is waited for and then joined; if it gave up, another is started. What fails at once, thrice, is not slow.
     """
     import ray
 
+    from orchestrator.messages import explain
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline, at_once = time.monotonic() + PATIENCE_SECONDS, 0
     while True:
+        began = time.monotonic()
         try:
             # Without a dashboard, which is ten processes: what Ray Train wants it for, the end of the run does as well.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
             return
         except Exception as error:
             reason = error
+        at_once += time.monotonic() - began < AT_ONCE_SECONDS
         while time.monotonic() < deadline and any(b"raylet/raylet" in command for _, command in processes(str(folder))):
             if head := _embedded_head(folder):
                 with suppress(Exception):
@@ -157,10 +156,10 @@ def _start(folder: Path, cpus: int | None) -> None:
         for port in _ports(folder):  # this head is not missed
             port.unlink()
         _end_processes(folder)
-        if time.monotonic() > deadline:
-            said = str(reason).strip().splitlines()[0]
+        if time.monotonic() > deadline or at_once == QUICK_FAILURES:
             raise UserError(
-                f"Ray does not start on this machine ({said}): when it is less busy, run the same command again"
+                f"Ray does not start on this machine ({explain(reason)}): when it is less busy, run the same command "
+                "again"
             ) from reason
 
 
@@ -264,15 +263,30 @@ def check_visible(place: Place) -> None:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         see = ray.remote(num_cpus=0, max_retries=1)(_see)
         asked = [see.options(scheduling_strategy=where).remote(place.address, mark.name) for where in on]
-        answers = ray.get(asked, timeout=300)
+        ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS)
+        said = [_answer(reference) for reference in asked]
     finally:
         place.remove(mark)
-    blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if answer != secret]
+    blind = {node["NodeManagerAddress"]: why for node, why in zip(nodes, said, strict=True) if why != secret}
     if blind:
         raise UserError(
             f"the node{'s' * (len(blind) > 1)} {', '.join(sorted(blind))} of the Ray cluster cannot read and write "
-            f"{place.address}: give a folder that all nodes share with --results, or s3://bucket/prefix"
+            f"{place.address} ({blind[min(blind)]}): give a folder that all nodes share with --results, or "
+            "s3://bucket/prefix"
         )
+
+
+def _answer(reference: Any) -> str:
+    import ray
+
+    from orchestrator.messages import explain
+
+    try:
+        return str(ray.get(reference, timeout=0))
+    except ray.exceptions.GetTimeoutError:
+        return f"no answer in {ANSWER_SECONDS:.0f} s"
+    except ray.exceptions.RayError as error:
+        return explain(error)
 
 
 def _see(results: str, name: str) -> str:
@@ -349,7 +363,7 @@ def _make_token() -> None:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def own_folder() -> Iterator[Path]:
     """A short path, for Ray's sockets may have 107 bytes, removed afterwards; and those of killed runs with it."""
     parent = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
     for leftover in parent.glob(f"{_FOLDER}-*-*"):

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -165,10 +166,12 @@ class Store:
 
     def sweep(self) -> None:
         """Remove what killed writers left behind. Only while the lock is held: there is no other writer then."""
-        for folder in (self.artefacts, self.tables):
+        for folder in (self.artefacts, self.tables, self.training):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
-        for leftover in self.datasets.glob(".recording-*"):
+        for mark in self.root.glob(".visible-*"):
+            mark.unlink(missing_ok=True)
+        for leftover in chain(self.datasets.glob(".recording-*"), self.datasets.glob(".download-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         self.clear_scratch()
 
@@ -185,14 +188,15 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    f"another mergedt (process {file.read().strip() or 'unknown'}) is computing into {self.root}: "
-                    "wait for it, or give another folder with --results"
-                ) from None
+            with explained(path):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise UserError(
+                        f"another mergedt (process {file.read().strip() or 'unknown'}) is computing into {self.root}: "
+                        "wait for it, or give another folder with --results"
+                    ) from None
             file.truncate(0)
             file.write(f"{os.getpid()} on {os.uname().nodename}")
             file.flush()

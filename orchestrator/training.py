@@ -113,12 +113,13 @@ def train_all(
     died = run_trials(launch, "work", work, on_report, on_step=look_now_and_then, concurrent=slots.count, reuse=False)
     look()
     store.clear_scratch()
-    failures = [
+    for error in died:  # its lane's CPUs are never given back, so others might wait for them for ever
+        on_report({"lost": explain(error)})
+    return [
         Failure(recipe.id, describe(recipe), errors[recipe.id])
         for recipe in recipes
         if recipe.id in errors.keys() - finished
     ]
-    return [*failures, *(Failure("", "a training", explain(error)) for error in died)]
 
 
 def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
@@ -146,9 +147,7 @@ def _multiply_adds(recipe: Job) -> int:
     return optimisation.steps * optimisation.batch_size * tokens * per_token
 
 
-def compute_all(
-    recipes: Sequence[Fisher | ImportLanguage], store: Store, tables: Tables, *, phase: Phase
-) -> list[Failure]:
+def compute_all(recipes: Sequence[Fisher | ImportLanguage], store: Store, *, phase: Phase) -> list[Failure]:
     """Compute and commit all of them; returns those that failed."""
     import ray
 
@@ -160,25 +159,26 @@ def compute_all(
         (reference,), waiting = ray.wait(waiting)
         recipe = place.pop(reference)
         try:
-            run = ray.get(reference)
+            ray.get(reference)
         except ray.exceptions.RayError as error:
             failures.append(Failure(recipe.id, describe(recipe), explain(error)))
-        else:
-            tables.append("runs", recipe.id, run_rows(run))
         phase.advance(1, describe(recipe))
     return failures
 
 
-def _compute(recipe: Fisher | ImportLanguage, results: str) -> dict[str, Any]:
-    """In a Ray task: make it and commit it, for two that commit the same write the same."""
+def _compute(recipe: Fisher | ImportLanguage, results: str) -> None:
+    """In a Ray task: make it and commit it, for two that commit the same write the same; its row first, for nobody
+    would write that once it is there."""
     import torch
 
     from orchestrator.making import compute
 
     torch.set_num_threads(1)
     store, started, clock = Store(results), datetime.now(UTC), time.perf_counter()
-    store.save(recipe, compute(recipe, store))
-    return run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32")
+    made = compute(recipe, store)
+    row = run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32")
+    Tables(store.tables, store.place).append("runs", recipe.id, run_rows(row))
+    store.save(recipe, made)
 
 
 def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
@@ -313,9 +313,9 @@ class _Attempts:
     @classmethod
     def read(cls, store: Store, recipe: Job) -> _Attempts:
         file = store.training_path(recipe) / _ATTEMPTS
-        store.place.fetch(file)
-        if not file.is_file():
+        if not store.place.exists(file):  # though an earlier one may be in this machine's mirror
             return cls()
+        store.place.fetch(file)
         saved: dict[str, Any] = json.loads(file.read_text())
         return cls(saved["count"], tuple(saved["ends"]), saved["mistake"])
 

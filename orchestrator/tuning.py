@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune import Callback
+
+from dt.errors import UserError
+from orchestrator.session import own_folder
 
 # A trial only waits for work that runs elsewhere: with Tune's default of 1 CPU the trials would leave none for it. 0 is
 # refused.
@@ -63,14 +66,14 @@ def run_trials(
     Returns the errors of trials that died, which a trial made only of waiting does not by itself.
     """
     writer = _Writer(on_report, on_step)
-    with tempfile.TemporaryDirectory(prefix="mergedt-tune-") as scratch:  # Tune's snapshots: resume never reads them
+    with own_folder() as scratch:  # Tune's snapshots: resume never reads them
         tuner = tune.Tuner(
             tune.with_resources(trainable, TRIAL_RESOURCES),
             param_space={parameter: tune.grid_search(values)},
             tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=reuse),
             run_config=tune.RunConfig(
                 name="trials",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 callbacks=[writer],
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -78,8 +81,12 @@ def run_trials(
         )
         try:
             results = tuner.fit()
-        except BaseException:
+        except BaseException as error:
             if writer.error is not None:
                 raise writer.error from None
+            if isinstance(error.__cause__, RayError):  # of those that end a trial Tune knows two
+                raise error.__cause__ from None
             raise
+    if results.num_terminated + results.num_errors < len(values):  # on SIGUSR1, say, Tune starts no more
+        raise UserError("the run was stopped before its end: run the same command again to go on")
     return list(results.errors)

@@ -28,16 +28,21 @@ from orchestrator.tables import Tables
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
+GRACE = 60.0  # seconds that processes have to notice that their run is over
 DELAY = 3.0  # seconds at most between meeting a victim and striking
 FAILED, INTERRUPTED = 2, 130
 
 WORKERS = ("training worker", "rollout actor")  # a run goes on without them
 KILLS = (*WORKERS, "driver", "head", "raylet")
+COORDINATORS = ("rollout pool", "trial", "training controller")  # between the driver and the workers
 LOSS = "dataset"  # not a process: a recording is deleted under the run's feet
 POLITE = {"interrupt": signal.SIGINT, "termination": signal.SIGTERM}  # to the driver, which then tidies up
 _COMMANDS = {
     "training worker": b"ray::RayTrainWorker",
     "rollout actor": b"ray::RolloutWorker",
+    "rollout pool": b"ray::RolloutPool",
+    "trial": b"ray::ImplicitFunc",
+    "training controller": b"ray::TrainController",
     "raylet": b"raylet/raylet",
     "head": b"gcs_server",
 }
@@ -133,16 +138,30 @@ class Run:
         """Wait for the end that befits what was hit, and return the exit status."""
         fatal = ends_with(struck)
         try:
-            status = self._process.wait(QUICK if fatal in (*POLITE, "head") else PATIENCE)
+            status = self._process.wait(QUICK if fatal in (*POLITE, "head", "raylet") else PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs after {struck}; {self._said()}") from None
-        befitting = {None: (0,), "driver": (-signal.SIGKILL,), "head": (0, FAILED), "raylet": (0, FAILED)}
-        befitting |= dict.fromkeys(POLITE, (0, INTERRUPTED))
+        befitting = {None: (0,), "driver": (0, -signal.SIGKILL)} | dict.fromkeys(POLITE, (0, INTERRUPTED))
+        befitting |= dict.fromkeys(("head", "raylet", *COORDINATORS), (0, FAILED))
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
         if status == FAILED:
             assert self._log.read_text().splitlines()[-1].startswith("mergedt: "), self._said()
+        deadline = time.monotonic() + GRACE
+        while left := self._left_behind():
+            assert time.monotonic() < deadline, f"{left} live on after {struck}"
+            time.sleep(0.5)
         return status
+
+    def _left_behind(self) -> list[bytes]:
+        """Commands of what still runs in the session of this run."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self._process.pid and state != "Z":
+                    found.append((folder / "cmdline").read_bytes())
+        return found
 
     def bury(self) -> None:
         """End what is left of it, should an assertion have failed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attack import KILLS, LOSS, PATIENCE, POLITE, check_equal, program, rounds
+from attack import COORDINATORS, KILLS, LOSS, PATIENCE, POLITE, check_equal, program, rounds
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +22,9 @@ def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
 ) -> None:
     asked, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("chaos_seed")
     kinds = [LOSS, *KILLS]  # one each; a longer attack draws from all, and from what a user or a scheduler sends
-    kinds += np.random.default_rng(seed).choice([LOSS, *KILLS, *POLITE], max(0, asked - len(KILLS))).tolist()
+    kinds += (
+        np.random.default_rng(seed).choice([LOSS, *KILLS, *COORDINATORS, *POLITE], max(0, asked - len(KILLS))).tolist()
+    )
 
     def tell(text: str) -> None:
         with capsys.disabled():
