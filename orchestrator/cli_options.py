@@ -16,6 +16,7 @@ from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.lifeline import terminable
 from orchestrator.profiles import get_profile
+from orchestrator.session import address_of
 from orchestrator.store import Store
 
 _LOG_WIDTH = 160  # of a table in a log or a pipe, where there is no terminal whose width to take
@@ -48,8 +49,16 @@ DataOption = Annotated[
 SeedsOption = Annotated[
     str | None, typer.Option("--seeds", help="Training seeds in place of the profile's, as in 0,1,2.")
 ]
+
+
+def _address(given: str | None) -> str | None:
+    address_of(given)  # here, so that a mistake is told before anything is written
+    return given
+
+
 AddressOption = Annotated[
-    str | None, typer.Option("--address", help="A Ray cluster; else RAY_ADDRESS; else an embedded Ray.")
+    str | None,
+    typer.Option("--address", callback=_address, help="A Ray cluster; else RAY_ADDRESS; else an embedded Ray."),
 ]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Rollout actors; default: one a core.")]
 

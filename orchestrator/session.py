@@ -61,9 +61,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
 
     cpus: of an embedded Ray, all of the machine's when None. Raises UserError when the cluster cannot be reached.
     """
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
-    if where.startswith("ray://"):
-        raise UserError(f"{where} is an address of Ray's client: give host:port, or run the command on the cluster")
+    where = address_of(address)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         _authenticate(new_cluster=where == "local")
@@ -79,6 +77,14 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
             yield session
     except ray.exceptions.RayError as error:
         raise UserError(f"the run failed in Ray: {explain(error)}") from error
+
+
+def address_of(given: str | None) -> str:
+    """Where Ray runs; `local` is an embedded one. Raises UserError when no run can go there."""
+    where = given or os.environ.get("RAY_ADDRESS") or "local"
+    if where.startswith("ray://"):
+        raise UserError(f"{where} is an address of Ray's client: give host:port, or run the command on the cluster")
+    return where
 
 
 @contextmanager

@@ -103,6 +103,7 @@ MISTAKES = {
         ("plan", "figure_3", "--results", "https://host/x"),
         "results live in a folder or",
     ),
+    "an address of Ray's client": (("run", "figure_3", "--address", "ray://head:10001"), "give host:port"),
     "no text": (("plan", "table_3", "--text", "no/folder"), "no/folder"),
 }
 WITHOUT_RESULTS = ("rum", "evaluate")

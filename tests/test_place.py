@@ -31,7 +31,7 @@ from orchestrator.recipes import Evaluate
 from orchestrator.session import check_visible
 from orchestrator.store import Store
 from orchestrator.tables import Tables
-from orchestrator.training import Lane, commit_outcome, train_lane
+from orchestrator.training import Lane, _Attempts, commit_outcome, train_lane
 
 CREATING = "&allow_bucket_creation=true"
 SERVER = """
@@ -259,3 +259,26 @@ def test_nodes_are_asked_whether_they_see_it(bucket, tmp_path):
     for place in (Folder(tmp_path / "shared"), place_of(bucket.format(tmp_path.name))):
         check_visible(place)
         assert not [path for path in place.root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_node_that_sees_nothing_is_named_with_its_reason(tmp_path):
+    class Elsewhere(Folder):
+        """A place whose address means another folder to everyone else."""
+
+        @property
+        def address(self) -> str:
+            return str(tmp_path / "theirs")
+
+    with pytest.raises(UserError, match=r"the node \S+ of the Ray cluster cannot .*No such file.*--results"):
+        check_visible(Elsewhere(tmp_path / "mine"))
+
+
+def test_a_mistake_that_another_machine_forgot_is_not_told_again(bucket, machines, tmp_path):
+    """The worker's mirror still has the books of a run before, which the driver of the next one closed."""
+    recipe, worker = expert("hopper"), Store(bucket.format(tmp_path.name))
+    _Attempts(1, ("died",), "the disk was full").write(worker, recipe)
+    machines("second")
+    _Attempts.forget(Store(worker.address), recipe)
+    assert _Attempts.read(worker, recipe) == _Attempts()
