@@ -28,7 +28,7 @@ from orchestrator.tables import Tables
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
-GRACE = 60.0  # seconds that processes have to notice that their run is over
+GRACE = 180.0  # seconds to notice that the run is over: Ray's agents give up a head that was killed after 60
 DELAY = 3.0  # seconds at most between meeting a victim and striking
 FAILED, INTERRUPTED = 2, 130
 
@@ -75,22 +75,26 @@ def rounds(folder: Path, kinds: Sequence[str], seed: int, tell: Callable[[str], 
     while left:
         results = folder / f"round-{len(list(folder.glob('round-*.log')))}"
         blows: list[Blow] = []
-        runs, status = 0, None
+        runs: list[Run] = []
+        status = None
         while status != 0:
-            before, runs = committed(results), runs + 1
-            run = Run(results)
+            before, run = committed(results), Run(results)
+            runs.append(run)
             try:
                 struck: list[str] = []
                 while left and ends_with(struck) is None and (blow := run.strike(left[0], rng)):
                     blows.append(blow)
                     struck.append(left.pop(0))
-                    tell(f"{results.name}, run {runs}: {struck[-1]}, {len(left)} to come")
+                    tell(f"{results.name}, run {len(runs)}: {struck[-1]}, {len(left)} to come")
                 status = run.end(struck)
-            finally:
+            except BaseException:
                 run.bury()
+                raise
             check_untouched(results, before, besides=[results / "datasets"] * (LOSS in struck))
         check_resumed(results, blows)
-        yield Round(results, tuple(blows), runs)
+        for run in runs:
+            run.check_gone()
+        yield Round(results, tuple(blows), len(runs))
 
 
 def ends_with(struck: Sequence[str]) -> str | None:
@@ -147,24 +151,27 @@ class Run:
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
         if status == FAILED:
             assert self._log.read_text().splitlines()[-1].startswith("mergedt: "), self._said()
-        deadline = time.monotonic() + GRACE
-        while left := self._left_behind():
-            assert time.monotonic() < deadline, f"{left} live on after {struck}"
-            time.sleep(0.5)
         return status
 
-    def _left_behind(self) -> list[bytes]:
+    def check_gone(self) -> None:
+        """Everything that it started ends, if not at once."""
+        deadline = time.monotonic() + GRACE
+        while left := self._left_behind():
+            assert time.monotonic() < deadline, f"{left} live on after {self.results.name}"
+            time.sleep(0.5)
+
+    def _left_behind(self) -> list[str]:
         """Commands of what still runs in the session of this run."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it ended meanwhile
                 state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self._process.pid and state != "Z":
-                    found.append((folder / "cmdline").read_bytes())
+                    found.append((folder / "cmdline").read_text().rstrip("\0").replace("\0", " "))
         return found
 
     def bury(self) -> None:
-        """End what is left of it, should an assertion have failed."""
+        """End what is left of it: an assertion has failed."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
