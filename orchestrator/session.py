@@ -164,8 +164,8 @@ def _start(folder: Path, cpus: int | None) -> None:
         _end_processes(folder)
         if time.monotonic() > deadline or at_once == QUICK_FAILURES:
             raise UserError(
-                f"Ray does not start on this machine ({explain(reason)}): when it is less busy, run the same command "
-                "again"
+                f"Ray does not start on this machine ({explain(reason)}): mend that, or wait till it is less busy, and "
+                "run the same command again"
             ) from reason
 
 

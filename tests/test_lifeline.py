@@ -14,6 +14,7 @@ import pytest
 
 from orchestrator.session import processes
 
+ROOT = Path(__file__).parents[1]
 CODE = """
 import sys, time
 from orchestrator.lifeline import lifeline
@@ -27,7 +28,7 @@ print("through")
 def watching(address: str, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", CODE, address, str(seconds)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,7 +64,7 @@ def embedded() -> Iterator[tuple[subprocess.Popen[str], Path]]:
     code = "from orchestrator.session import connect\nwith connect('local', cpus=1): print('up', flush=True), input()"
     run = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -108,3 +109,13 @@ def test_termination_while_ray_starts_is_an_interruption_that_leaves_nothing() -
         assert run.wait(timeout=120) in (-signal.SIGINT, 128 + signal.SIGINT)  # what Python does of KeyboardInterrupt
         assert processes(str(folder)) == []
         assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_a_ray_that_cannot_start_is_given_up_at_once() -> None:
+    code = "from orchestrator.session import connect\nwith connect('local', cpus=-1): pass"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "UserError: Ray does not start on this machine (ValueError: " in done.stderr
