@@ -100,7 +100,7 @@ def train_all(
 
     def on_report(report: dict[str, Any]) -> None:
         if "lost" in report:
-            raise UserError(f"a training run was lost: {report['lost']}; run the same command again to go on")
+            raise UserError(f"a training run was lost: {report['lost']}")
         errors.update(report["errors"])
 
     lanes = [tuple(recipe.model_dump_json() for recipe in lane) for lane in lanes_of(recipes, slots.count)]
