@@ -250,8 +250,9 @@ def _begun(recipes: Sequence[Recipe], store: Store) -> list[Job]:
 
 
 def _failed(failures: Sequence[Failure], skipped: int) -> UserError:
-    waiting = [f"{skipped} evaluations wait for a policy"] * (skipped > 0)
+    waiting = f"{skipped} evaluations wait for a policy"
     if not failures:  # it was there when the plan was made
-        return UserError(f"{waiting[0]} that was deleted meanwhile: run the same command again")
-    first, more = failures[0], [f"{len(failures) - 1} more failed"] * (len(failures) > 1) + waiting
+        return UserError(f"{waiting} that was deleted meanwhile: run the same command again")
+    first = failures[0]
+    more = [f"{len(failures) - 1} more failed"] * (len(failures) > 1) + [waiting] * (skipped > 0)
     return UserError(f"{first.what} failed: {first.why}" + (f" ({'; '.join(more)})" if more else ""))

@@ -100,8 +100,8 @@ def _embedded(cpus: int | None) -> Iterator[Session]:
                     _start(folder, cpus)
                 with terminable():
                     _silence(folder)
-                with terminable(), lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
-                    yield _session(embedded=True)
+                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
+                        yield _session(embedded=True)
         finally:
             ray.shutdown()
             _end_processes(folder)

@@ -113,8 +113,8 @@ def train_all(
     died = run_trials(launch, "work", work, on_report, on_step=look_now_and_then, concurrent=slots.count, reuse=False)
     look()
     store.clear_scratch()
-    for error in died:  # its lane's CPUs are never given back, so others might wait for them for ever
-        on_report({"lost": explain(error)})
+    if died:  # its lane's CPUs are never given back, so others might wait for them for ever
+        on_report({"lost": explain(died[0])})
     return [
         Failure(recipe.id, describe(recipe), errors[recipe.id])
         for recipe in recipes
@@ -135,8 +135,10 @@ def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
 
 def _multiply_adds(recipe: Job) -> int:
     """Of the forward matrix products of a whole training, attention's scores aside: what it costs, model for model."""
+    from dt.model.shapes import block_parameters
+
     shape, optimisation = recipe.architecture, recipe.optimisation
-    per_token = shape.layers * shape.width * (4 * shape.width + 2 * shape.mlp_width)
+    per_token = block_parameters(shape)
     if isinstance(recipe, Pretrain):
         tokens = recipe.block
         per_token += recipe.vocabulary * shape.width

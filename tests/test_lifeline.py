@@ -15,6 +15,7 @@ import pytest
 from orchestrator.session import processes
 
 ROOT = Path(__file__).parents[1]
+ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 CODE = """
 import sys, time
 from orchestrator.lifeline import lifeline
@@ -69,7 +70,7 @@ def embedded() -> Iterator[tuple[subprocess.Popen[str], Path]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        env=ALONE,
     )
     try:
         deadline = time.monotonic() + 300
@@ -114,8 +115,7 @@ def test_termination_while_ray_starts_is_an_interruption_that_leaves_nothing() -
 @pytest.mark.slow
 def test_a_ray_that_cannot_start_is_given_up_at_once() -> None:
     code = "from orchestrator.session import connect\nwith connect('local', cpus=-1): pass"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ALONE, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "UserError: Ray does not start on this machine (ValueError: " in done.stderr

@@ -170,7 +170,7 @@ class Run:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it ended meanwhile
-                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                state, _, _, session = _stat(int(folder.name))[:4]
                 if int(session) == self._process.pid and state != "Z":
                     found.append((folder / "cmdline").read_text().rstrip("\0").replace("\0", " "))
         return found
@@ -197,11 +197,16 @@ class Run:
 
     def _descends(self, process: int) -> bool:
         while process > 1 and process != self._process.pid:
-            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            process = int(_stat(process)[1])
         return process == self._process.pid
 
     def _said(self) -> str:
         return f"its last words: {self._log.read_text()[-3000:]}"
+
+
+def _stat(process: int) -> list[str]:
+    """State, parent, group, session and more of a process, as Linux tells them after its name."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def program(name: str, *arguments: object, **environment: str) -> dict[str, Any]:

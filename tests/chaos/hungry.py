@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import ray
-from toy import sweep
+from pool import jobs, pool_of
 
-from orchestrator.recipes import ingredients
-from orchestrator.rollouts import WORKER_CPUS, Job, RolloutPool
+from orchestrator.rollouts import WORKER_CPUS, Job
 from orchestrator.session import connect
 
 MARK = Path(sys.argv[1])
@@ -54,22 +55,12 @@ def _eat() -> None:
 
 def main() -> None:
     """All jobs at once, twice."""
-    jobs = [(evaluation,) for evaluation in sweep()]
-    parts = {part.id: part for (evaluation,) in jobs for part in ingredients(evaluation)}
-    greedy = {jobs[kind][0].id: kind for kind in (ONCE, ALWAYS)}
-
-    class Hungry:
-        """The pool starts its workers without a word."""
-
-        @staticmethod
-        def remote() -> object:
-            return Worker.remote(MARK, greedy)
-
+    asked = jobs()
+    greedy = {asked[kind][0].id: kind for kind in (ONCE, ALWAYS)}
     with connect("local", cpus=2):
-        pool = RolloutPool.remote({name: (part, ray.put({})) for name, part in parts.items()}, Hungry)
-        ray.get(pool.recruit.remote(2))
-        answers = ray.get([pool.evaluate.remote(job) for job in jobs])
-        after = ray.get([pool.evaluate.remote(job) for job in jobs if job[0].id not in greedy])
+        pool = pool_of(SimpleNamespace(remote=partial(Worker.remote, MARK, greedy)))
+        answers = ray.get([pool.evaluate.remote(job) for job in asked])
+        after = ray.get([pool.evaluate.remote(job) for job in asked if job[0].id not in greedy])
     told = [answer if isinstance(answer, int) else [failure.why for failure in answer] for answer in answers]
     print(json.dumps({"answers": told, "after": after, "greedy": [int(line) for line in MARK.read_text().split()]}))
 

@@ -9,10 +9,9 @@ import signal
 import time
 
 import ray
-from toy import sweep
+from pool import jobs, pool_of
 
-from orchestrator.recipes import ingredients
-from orchestrator.rollouts import WORKER_CPUS, RolloutPool
+from orchestrator.rollouts import WORKER_CPUS
 from orchestrator.session import connect
 
 
@@ -32,14 +31,11 @@ class Worker:
 
 def main() -> None:
     """Some jobs, a stop, more jobs, and jobs until the stopped one's successor takes part."""
-    jobs = [(evaluation,) for evaluation in sweep()]
-    parts = {part.id: part for (evaluation,) in jobs for part in ingredients(evaluation)}
     with connect("local", cpus=2):
-        pool = RolloutPool.remote({name: (part, ray.put({})) for name, part in parts.items()}, Worker)
-        ray.get(pool.recruit.remote(2))
+        pool = pool_of(Worker)
 
         def answers() -> list[int]:
-            return ray.get([pool.evaluate.remote(job) for job in jobs])
+            return ray.get([pool.evaluate.remote(job) for job in jobs()])
 
         first = answers()
         os.kill(first[0], signal.SIGSTOP)

@@ -22,9 +22,8 @@ def test_killed_anywhere_the_tables_are_those_of_an_undisturbed_run(
 ) -> None:
     asked, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("chaos_seed")
     kinds = [LOSS, *KILLS]  # one each; a longer attack draws from all, and from what a user or a scheduler sends
-    kinds += (
-        np.random.default_rng(seed).choice([LOSS, *KILLS, *COORDINATORS, *POLITE], max(0, asked - len(KILLS))).tolist()
-    )
+    drawn = [LOSS, *KILLS, *COORDINATORS, *POLITE]
+    kinds += np.random.default_rng(seed).choice(drawn, max(0, asked - len(KILLS))).tolist()
 
     def tell(text: str) -> None:
         with capsys.disabled():
