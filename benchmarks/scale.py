@@ -1,38 +1,35 @@
 """`python -m benchmarks.scale`: what a sweep costs besides its rollouts, and how much memory it takes on the way.
 
-Real recipes, plan, Ray Tune, pool and commits; the rollout actors answer at once, with rows of no meaning.
+Real recipes, plan, Ray Tune, pool and commits; the rollout actors answer at once, with rows of no meaning. On a Ray of
+its own, or on a cluster of several nodes that are all on this machine.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import numpy as np
-import ray
 import torch
 import typer
+from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.instant import InstantWorker
 from dt.model.architecture import Architecture
 from dt.model.decision_transformer import DecisionTransformer
-from dt.model.size import Size
-from dt.rollout.evaluate import Episodes
 from dt.tasks import get_task
 from orchestrator.messages import Failure
 from orchestrator.plan import make_plan
 from orchestrator.progress import Phase
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
-from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent
-from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
-from orchestrator.session import connect, processes
+from orchestrator.session import authenticate, connect, processes
 from orchestrator.store import Store
 from orchestrator.sweeps import sweep
 from orchestrator.tables import Tables
@@ -40,7 +37,6 @@ from orchestrator.tables import Tables
 TASKS = ("hopper", "walker2d")
 TINY = Architecture(width=16, layers=1, heads=1, context=5)
 EXPERTS = tuple(Train(dataset=Recording(task=task, quality="expert", episodes=1), architecture=TINY) for task in TASKS)
-SIZE = Size(shared=1, specific=0, heads=1, mask_bits=0, transformer=1.0)
 LINE = 100  # evaluations of a line, which differ in alpha alone
 SAMPLES = 10  # points of the curve
 
@@ -53,32 +49,6 @@ class Sample:
     seconds: float
     driver_megabytes: float
     pool_megabytes: float
-
-
-@ray.remote(num_cpus=WORKER_CPUS)
-class InstantWorker:
-    """A rollout actor without rollouts."""
-
-    def ready(self) -> None:
-        """Returns once the process lives."""
-
-    def evaluate(self, job: Job, weights: dict[str, Sent]) -> list[Rows]:
-        """Rows as of an evaluation that took no time."""
-        del weights
-        return [_rows(evaluation) for evaluation in job]
-
-
-def _rows(evaluation: Evaluate) -> Rows:
-    zeros = np.zeros(evaluation.episodes)
-    episodes = Episodes(
-        seeds=zeros.astype(np.int64), returns=zeros, lengths=zeros.astype(np.int64), terminated=zeros > 0
-    )
-    return Rows(
-        evaluation.id,
-        episode_rows(evaluation, episodes),
-        policy_row(evaluation.policy, SIZE),
-        run_rows(run_row(evaluation, datetime.now(UTC), 0.0, threads=1, precision=evaluation.precision)),
-    )
 
 
 class Curve(Phase):
@@ -119,18 +89,34 @@ def orchestrate(evaluations: Sequence[Evaluate], root: Path, workers: int) -> tu
     return failures, curve.samples
 
 
+@contextmanager
+def simulated(nodes: int | None, cpus: int) -> Iterator[str]:
+    """Address of a Ray of so many nodes, which share these CPUs; of none, that of a Ray that is still to start."""
+    if nodes is None:
+        yield "local"
+        return
+    authenticate(new_cluster=True)
+    cluster = Cluster()
+    try:
+        for node in range(nodes):
+            cluster.add_node(num_cpus=(cpus + node) // nodes, include_dashboard=False)
+        yield cluster.address
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
 def main(
     evaluations: Annotated[int, typer.Option(min=SAMPLES)] = 100_000,
     workers: Annotated[int, typer.Option(min=1, help="Rollout actors.")] = 2,
-    cpus: Annotated[
-        int | None, typer.Option(help="That Ray is told to have; default: a whole one for each actor.")
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Of a simulated cluster; default: no cluster, but this process's Ray.")
     ] = None,
 ) -> None:
     """A table of time and memory on the way."""
     console, began = Console(), time.monotonic()
     recipes = asked(evaluations)
     console.print(f"{evaluations:,} recipes described in {time.monotonic() - began:.1f} s")
-    with connect("local", cpus=cpus or workers), TemporaryDirectory() as folder:
+    with simulated(nodes, workers) as address, connect(address, cpus=workers), TemporaryDirectory() as folder:
         failures, samples = orchestrate(recipes, Path(folder), workers)
     table = Table("evaluations", "seconds", "ms each", "MB of the driver", "MB of the pool")
     for sample in samples:
@@ -139,7 +125,7 @@ def main(
             f"{sample.done:,}", f"{sample.seconds:.0f}", f"{each:.2f}",
             f"{sample.driver_megabytes:.0f}", f"{sample.pool_megabytes:.0f}",
         )  # fmt: skip
-    table.caption = f"{workers} actors, {len(failures)} failures"
+    table.caption = f"{workers} actors on {nodes or 1} nodes, {len(failures)} failures"
     console.print(table)
 
 

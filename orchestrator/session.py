@@ -64,7 +64,7 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
     where = address_of(address)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        _authenticate(new_cluster=where == "local")
+        authenticate(new_cluster=where == "local")
     import ray
 
     from orchestrator.messages import explain
@@ -339,7 +339,7 @@ def _addable_nodes() -> list[tuple[Mapping[str, float], int]]:
         return []
 
 
-def _authenticate(*, new_cluster: bool) -> None:
+def authenticate(*, new_cluster: bool) -> None:
     """Token authentication, said explicitly: what Ray does by default depends on what ran on this machine before."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from orchestrator.tuning import run_trials
 
 Line = tuple[Evaluate, ...]
 TRIALS = 256  # or up to twice as many (see `bundles_of`): one costs Tune some kilobytes and a tenth of a second
-IN_FLIGHT = 4  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
+IN_FLIGHT = 8  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
 
 
 def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
@@ -41,8 +42,11 @@ def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
 
 
 def bundles_of(lines: Sequence[Line], count: int = TRIALS) -> list[Line]:
-    """Neighbouring lines joined until there are `count` bundles, or at most twice as many: no line is cut."""
-    size = sum(map(len, lines)) / count
+    """Neighbouring lines joined until there are `count` bundles, or at most twice as many: no line is cut.
+
+    A small sweep has fewer: any two neighbours are more than a trial hands over at a time.
+    """
+    size = max(IN_FLIGHT, sum(map(len, lines)) / count)
     bundles: list[Line] = []
     for line in lines:
         if bundles and len(bundles[-1]) + len(line) <= size:
@@ -71,6 +75,9 @@ def sweep(
     pool = RolloutPool.remote(weights, worker)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
     bundles = bundles_of(lines_of(evaluations))
+    # Each is a process, so just enough that every worker has a job (of two neighbours, however short, `IN_FLIGHT` are
+    # handed over together), and one more while another begins its next bundle.
+    concurrent = min(len(bundles), 1 + ceil(2 * workers / IN_FLIGHT))
     failures: list[Failure] = []
 
     def commit(report: dict[str, Any]) -> None:
@@ -88,7 +95,7 @@ def sweep(
             "bundle",
             list(range(len(bundles))),
             commit,
-            concurrent=min(len(bundles), workers + 1),
+            concurrent=concurrent,
             reuse=True,
         )
     finally:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from orchestrator.rollouts import Job, RolloutPool, jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
-from orchestrator.sweeps import bundles_of, lines_of
+from orchestrator.sweeps import IN_FLIGHT, bundles_of, lines_of
 from orchestrator.tables import Tables
 from orchestrator.training import LOG_EVERY, MAX_ATTEMPTS, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
 
@@ -206,7 +207,8 @@ def test_many_lines_share_a_trial_and_none_is_cut():
         assert [one for bundle in bundles for one in bundle] == [one for line in lines for one in line]
         assert len(bundles) <= 2 * count
         assert all(len(bundle) % 4 == 0 for bundle in bundles)
-    assert bundles_of(lines) == lines
+        assert all(len(one) + len(other) > IN_FLIGHT for one, other in pairwise(bundles))
+    assert len(bundles_of(lines)) == 25
     assert len(bundles_of(lines, 1)) == 1
 
 
@@ -364,7 +366,7 @@ def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
 
 def test_the_token_is_made_for_its_owner_alone(tmp_path):
     """Ray's own would be readable for everyone on the machine. In another process: a Ray may be running in this one."""
-    code = "import os, orchestrator.session as s; s._authenticate(new_cluster=True); print(dict(os.environ))"
+    code = "import os, orchestrator.session as s; s.authenticate(new_cluster=True); print(dict(os.environ))"
 
     def authenticated(home: object) -> dict[str, str]:
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
