@@ -14,6 +14,7 @@ import torch
 from benchmarks.literal import LiteralEvaluation, LiteralTraining
 from benchmarks.measure import Measurement, interleaved, product_rate
 from dt.behaviour.record import record_chunk
+from dt.data.trajectories import Trajectories
 from dt.merging.merge import merge, merge_many
 from dt.model.architecture import BASE
 from dt.model.policy import Policy
@@ -52,8 +53,7 @@ def training(rounds: int) -> Iterator[Measurement]:
 def evaluation(rounds: int) -> Iterator[Measurement]:
     """Actions of one policy in 25 environments, of four policies together, and one at a time."""
     data = record_chunk(TASK.name, "expert", 0, 0, 2)
-    policy = train({TASK.name: data}, BASE, Optimisation(), seed=0).result()
-    other = train({TASK.name: data}, BASE, Optimisation(), seed=1).result()
+    policy, other = (_untrained(data, seed) for seed in (0, 1))
     short = TASK.model_copy(update={"horizon": 60})
     literal = LiteralEvaluation(TASK, policy)
     crowd: Mapping[str, list[Policy]] = {"1 policy": [policy], "4 policies": [policy, other] * 2}
@@ -71,7 +71,7 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
 def merging(rounds: int) -> Iterator[Measurement]:
     """A merged candidate of a pair, one by one and all in one product, against the original's loop over state dicts."""
     data = record_chunk(TASK.name, "expert", 0, 0, 1)
-    pair = [train({TASK.name: data}, BASE, Optimisation(), seed=seed).result() for seed in (0, 1)]
+    pair = [_untrained(data, seed) for seed in (0, 1)]
     alphas = [step / 100 for step in range(1, 100)]
 
     def one_by_one() -> None:
@@ -153,7 +153,7 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
 
     data = record_chunk(TASK.name, "expert", 0, 0, 1)
     experts = [Train(dataset=Recording(task=TASK.name, quality="expert", episodes=1), seed=seed) for seed in (0, 1)]
-    policies = [train({TASK.name: data}, BASE, Optimisation(), seed=expert.seed).result() for expert in experts]
+    policies = [_untrained(data, expert.seed) for expert in experts]
     asked = [
         Evaluate(policy=Merge(sources=tuple(experts), group="mlp", alpha=i / 10), task=TASK.name, episodes=10, seed=0)
         for i in range(8)
@@ -175,6 +175,10 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
     one, two = seconds["one"] / len(asked), seconds["two"] / len(asked)
     yield Measurement("sweep on 1 worker", "evaluation", one, None, median(rollouts[1][1:]))
     yield Measurement("sweep on 2 workers", "evaluation", two, one, median(rollouts[2][1:]) / 2)
+
+
+def _untrained(data: Trajectories, seed: int) -> Policy:
+    return train({TASK.name: data}, BASE, Optimisation(), seed).result()
 
 
 CASES: Mapping[str, Callable[[int], Iterator[Measurement]]] = {

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+EXIT_STATUS = 2  # of a program that a `UserError` ends
+
 
 class UserError(Exception):
-    """Something only the user can mend. The command line prints the message alone and exits with 2."""
+    """Something only the user can mend. The command line prints the message alone and leaves with `EXIT_STATUS`."""
 
 
 def unknown(kind: str, given: str, valid: Iterable[str]) -> UserError:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dt.errors import UserError
+from dt.errors import EXIT_STATUS, UserError
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.lifeline import terminable
@@ -74,7 +74,7 @@ TextOption = Annotated[
 RESULTS = "results"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXIT_MISTAKE, _EXIT_INTERRUPTED = 2, 130
+_EXIT_INTERRUPTED = 130
 
 
 class Courteous(TyperGroup):
@@ -99,7 +99,7 @@ class Courteous(TyperGroup):
 
 def _leave(message: str) -> None:
     print(f"mergedt: {message}", file=sys.stderr)
-    raise typer.Exit(_EXIT_MISTAKE)
+    raise typer.Exit(EXIT_STATUS)
 
 
 def sentence(error: ValidationError) -> str:

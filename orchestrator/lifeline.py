@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dt.errors import EXIT_STATUS
+
 _PERIOD_SECONDS = 1.0
 _ANSWER_SECONDS = 5.0
 _SHOW_CURSOR = "\x1b[?25h\n"  # below a progress bar, which had hidden it
-EXIT_STATUS = 2
 
 
 @contextmanager

@@ -66,11 +66,15 @@ class Policy:
 
     def alone(self, task: str) -> Policy:
         """The single-task policy that this one is on a task. Raises UserError when it has no head for it."""
-        if task not in self.heads:
-            raise UserError(f"the policy has no head for {task}: its heads are {', '.join(self.heads)}")
+        self.check_head(task)
         trunk = {**self.trunk, **self.specific.get(task, {})}
         trunk |= {name: trunk[name] * mask for name, mask in self.masks.get(task, {}).items()}
         return Policy(self.architecture, trunk, {task: self.heads[task]})
+
+    def check_head(self, task: str) -> None:
+        """Raises UserError when there is none for the task."""
+        if task not in self.heads:
+            raise UserError(f"the policy has no head for {task}: its heads are {', '.join(self.heads)}")
 
     @property
     def plain(self) -> bool:

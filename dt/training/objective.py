@@ -165,8 +165,7 @@ def fine_tune(
     state and schedule begin afresh.
     """
     for name in data:
-        if name not in policy.heads:
-            raise UserError(f"the policy has no head for {name}: its heads are {', '.join(policy.heads)}")
+        policy.check_head(name)
         data[name].validate(get_task(name))
     model = DecisionTransformer.from_policy(policy, optimisation.dropout)
     for name in data:
