@@ -157,7 +157,7 @@ class _JobSpec(_Strict):
 
 
 class _RayJob(_Strict):
-    """The part of KubeRay's RayJob (API ray.io/v1) that the file uses, after its API reference."""
+    """The part of KubeRay's RayJob (API ray.io/v1) that the file uses, after the API reference of KubeRay 1.6."""
 
     api_version: Literal["ray.io/v1"]
     kind: Literal["RayJob"]
