@@ -9,13 +9,14 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+AUDIT := $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test reproduce bench chaos audit lint
 
 help:
 	@echo "make demo       two robots, from data to a merged policy and its video, in minutes"
-	@echo "make test       lint, types and tests"
+	@echo "make test       lint, types, audit (which only tells) and tests"
 	@echo "make reproduce  every figure and table of the paper at the laptop profile (hours; resumes)"
 	@echo "make bench      what a training step, an action, a merge cost here, next to the field's way and the floor"
 	@echo "make chaos      a sweep, killed a hundred times, ends with the rows of one that nobody disturbed (hours)"
@@ -41,6 +42,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
+	-$(AUDIT)
 	$(BIN)/pytest
 
 bench: $(READY)
@@ -50,8 +52,7 @@ chaos: $(READY)
 	$(BIN)/pytest tests/chaos --kills 100 --capture no
 
 audit: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+	$(AUDIT)
 
 reproduce: $(READY)
 	$(BIN)/mergedt run all --profile laptop
