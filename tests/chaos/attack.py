@@ -28,7 +28,8 @@ from orchestrator.tables import Tables
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
-RAYS_OWN = "Worker will terminate."  # in ray.init, Ray's C++ ends the process before anyone can say a word
+# In ray.init, Ray's C++ ends the process before anyone can say a word.
+RAYS_OWN = ("Worker will terminate.", "Failed to register worker to Raylet")
 GRACE = 180.0  # seconds to notice that the run is over: Ray's agents give up a head that was killed after 60
 DELAY = 3.0  # seconds at most between meeting a victim and striking
 FAILED, INTERRUPTED = 2, 130
@@ -151,7 +152,7 @@ class Run:
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         if fatal in POLITE and Tables(self.results / "tables").done("episodes") >= {each.id for each in everything()}:
             fitting += (-POLITE[fatal],)  # it had done its work, and Python was leaving
-        if fatal == "raylet" and RAYS_OWN in self._log.read_text().splitlines()[-1]:
+        if fatal == "raylet" and any(words in self._log.read_text().splitlines()[-1] for words in RAYS_OWN):
             fitting += (1,)
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
         if status == FAILED:
