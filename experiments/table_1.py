@@ -18,7 +18,8 @@ ONES = (
 
 LATE = (
     "data and budget. Where the data holds one behaviour, the present state tells the next action, and what attention "
-    "adds is learned late, if at all (see `budget`); where it holds two, only the past tells them apart."
+    "adds is learned late, if at all (see `budget`); where it holds two, the past and the return asked for tell them "
+    "apart, and without attention a policy sees neither, for an action is read at the token of its state."
 )
 OTHER_DATA = "data. Which policies lean on their past depends on the behaviours recorded, and these are not D4RL's."
 

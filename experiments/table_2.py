@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
             bound=HARDLY,
         ),
         Claim(
-            statement="hopper keeps about half on halfcheetah's frozen trunk",
+            statement="hopper keeps half at most, or little more, on halfcheetah's frozen trunk",
             terms=((1, {"configuration": "frozen from halfcheetah", "task": "hopper"}),),
             expected="at most",
             bound=SOME + HARDLY,

@@ -11,9 +11,12 @@ from orchestrator.recipes import AnyPolicy, Quality, Train, Vote
 QUALITIES: tuple[Quality, ...] = ("medium", "medium-expert")
 GROUP = "attention+mlp"
 DISTANCE = 1e-4  # λ3 of the original code's sum of norms; the paper's "λ3 = 1" means that the term is on
+NEAR = (
+    f"The distance to the start has the weight λ3 = {DISTANCE:g}, as in the original's code; the paper's text says 1."
+)
 CO_TRAINING = 1.0  # λ2
 VOTES = 2  # of three tasks
-WITHIN = 0.9  # "within 10 %"
+WITHIN = 0.9
 
 Start = Literal["ChibiT", "ChibiT_CO", "ChibiT_R", "random"]
 STARTS: tuple[Start, ...] = ("ChibiT", "ChibiT_CO", "ChibiT_R", "random")
@@ -91,6 +94,9 @@ EXPERIMENT = Experiment(
         *DIFFERENCES,
         "ChibiT cannot be fetched here: a language model of its shape takes its part, trained on the documentation of "
         "installed Python packages unless --text or --init named another (WikiText-103 in the paper).",
+        NEAR,
+        "The paper's single-task numbers are those of the Decision Transformer's paper (Chen et al. 2021); ours are of "
+        "the policies that are merged here.",
         "In the original multi-task code the heads of two of three robots are never trained; here all are.",
         "The cosine loss is the paper's; the original's code takes a maximum per coordinate and counts padding.",
     ),
@@ -99,9 +105,10 @@ EXPERIMENT = Experiment(
         *(_better("ChibiT_R", "random", quality) for quality in QUALITIES),
         _better("ChibiT_R", "ChibiT", "medium-expert"),
         *(_better("ChibiT", "ChibiT_CO", quality) for quality in QUALITIES),
+        *(_better(start, "multi-task", "medium") for start in ("ChibiT", "ChibiT_R")),
         _better("multi-task", "ChibiT_R", "medium-expert"),
         Claim(
-            statement=f"multi-task reaches {WITHIN:.0%} of single-task on average (medium)",
+            statement=f"our bar: multi-task reaches {WITHIN:.0%} of single-task on average (medium)",
             terms=((1, _where("multi-task", "medium")), (-WITHIN, _where("single-task", "medium"))),
             expected="at least",
             bound=0.0,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from experiments._pairs import DIFFERENCES, TASKS
-from experiments.table_3 import GROUP, started
+from experiments.table_3 import GROUP, NEAR, started
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
 from orchestrator.recipes import Quality
 
@@ -38,6 +38,7 @@ EXPERIMENT = Experiment(
     differences=(
         *DIFFERENCES,
         "The larger trunk is GPT-2 small at the profile `paper` only; elsewhere a language model trained here.",
+        NEAR,
         "Fisher is estimated without dropout, and an entry that no policy's Fisher weighs takes the plain mean.",
         "As shipped, the original's Fisher script estimates the Fisher but then averages directly.",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 from dt.errors import UserError
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Where
-from orchestrator.recipes import Dataset, Evaluate, Trained, dataset_of, origin
+from orchestrator.recipes import Evaluate, Trained, dataset_of, origin
 from orchestrator.tables import Tables
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
-DataReturn = Callable[[Dataset], float | None]  # mean return of a dataset; None where it is not at hand
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Answer:
     setting: Setting
     points: tuple[Point, ...]
     rows: Mapping[str, tuple[list[float], list[float]]]  # evaluation → its episodes' returns and scores
-    data_return: DataReturn
     sizes: Mapping[str, float | None]  # policy → transformer size; not of all, in tables of older versions
+    data_returns: Mapping[str, float]  # dataset → mean return of its episodes
 
     @cached_property
     def asked(self) -> frozenset[str]:
@@ -59,30 +58,28 @@ class Answer:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """One for each combination of the labels shown, in the order of the points; without estimates while any of its
-        rows are missing."""
+        """One for each combination of the labels shown, in the order of the points.
+
+        Over the training seeds all of whose rows are there; without estimates while there is none.
+        """
         shown = shown_labels(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
         for point in self.points:
             if _is_baseline_only(point, self.experiment):
                 continue
             groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
-        return tuple(
-            Cell(
-                labels=dict(zip(shown, key, strict=True)),
-                estimates=self._estimates(points),
-                episodes=sum(len(self.rows[p.evaluation.id][0]) for p in points if p.evaluation.id in self.rows),
-                seeds=len({point.labels.get("seed", 0) for point in points}),
-                size=self._size(points),
-            )
-            for key, points in groups.items()
-        )
+        return tuple(self._cell(dict(zip(shown, key, strict=True)), points) for key, points in groups.items())
 
     def judge(self, claim: Claim) -> tuple[Sample, Verdict] | None:
-        """The claim's number and what its interval says; None where it cannot be computed."""
+        """The claim's number and what its interval says, over the training seeds all of whose rows are there.
+
+        None where it cannot be computed.
+        """
+        terms = [(weight, select(self.points, where)) for weight, where in claim.terms]
+        partial = self._partial_seeds([point for _, points in terms for point in points])
         total: Sample | None = None
-        for weight, where in claim.terms:
-            samples = [self._sample(point, claim.value) for point in select(self.points, where)]
+        for weight, points in terms:
+            samples = [self._sample(point, claim.value) for point in points if _seed(point) not in partial]
             if not samples or None in samples:
                 return None
             term = mean_of([sample for sample in samples if sample is not None]) * weight
@@ -90,6 +87,21 @@ class Answer:
         if total is None or not total.finite:
             return None
         return total, verdict(total.interval, claim)
+
+    def _cell(self, labels: Mapping[str, Label], points: Sequence[Point]) -> Cell:
+        partial = self._partial_seeds(points)
+        there = [point for point in points if _seed(point) not in partial]
+        return Cell(
+            labels=labels,
+            estimates=self._estimates(there),
+            episodes=sum(len(self.rows[point.evaluation.id][0]) for point in there),
+            seeds=len({_seed(point) for point in there}),
+            size=self._size(points),
+        )
+
+    def _partial_seeds(self, points: Sequence[Point]) -> set[Label]:
+        """The training seeds of which some rows are missing."""
+        return {_seed(point) for point in points if point.evaluation.id in self.missing}
 
     def _size(self, points: Sequence[Point]) -> float | None:
         sizes = {self.sizes.get(point.evaluation.policy.id) for point in points}
@@ -101,7 +113,7 @@ class Answer:
         means = {
             measure: mean_of([sample for sample in samples if sample is not None])
             for measure, samples in found.items()
-            if None not in samples
+            if samples and None not in samples
         }
         return {measure: sample for measure, sample in means.items() if sample.finite}
 
@@ -118,7 +130,7 @@ class Answer:
                 before = baseline(evaluation)
                 return self._mean(evaluation, 1) / self._mean(before, 1) if before.id in self.rows else None
             case "of_data":
-                of_data = self.data_return(dataset_of(_target(evaluation), evaluation.task))
+                of_data = self.data_returns.get(dataset_of(_target(evaluation), evaluation.task).id)
                 return None if of_data is None else self._mean(evaluation, 0) / constant(of_data)
 
     def _mean(self, evaluation: Evaluate, column: int) -> Sample:
@@ -126,9 +138,7 @@ class Answer:
         return sample_mean(self.rows[evaluation.id][column], together=stratum)
 
 
-def answers(
-    experiments: Sequence[Experiment], setting: Setting, tables: Tables, data_return: DataReturn
-) -> list[Answer]:
+def answers(experiments: Sequence[Experiment], setting: Setting, tables: Tables) -> list[Answer]:
     """Read the rows of the experiments' evaluations, all in one go, and of the unmerged policies' beside them."""
     points = {experiment.name: tuple(experiment.points(setting)) for experiment in experiments}
     wanted = {
@@ -143,7 +153,9 @@ def answers(
     policies = {point.evaluation.policy.id for some in points.values() for point in some}
     known = tables.some("policies", ["policy", "transformer_size"], among("policy", policies))
     sizes = dict(zip(known["policy"].to_pylist(), known["transformer_size"].to_pylist(), strict=True))
-    return [Answer(each, setting, points[each.name], rows, data_return, sizes) for each in experiments]
+    data = tables.some("datasets", ["dataset", "mean_return"])
+    means = dict(zip(data["dataset"].to_pylist(), data["mean_return"].to_pylist(), strict=True))
+    return [Answer(each, setting, points[each.name], rows, sizes, means) for each in experiments]
 
 
 def among(column: str, ids: Iterable[str]) -> pc.Expression:
@@ -195,6 +207,10 @@ def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
             return "agrees" if high <= claim.bound else "disagrees" if low > claim.bound else "inconclusive"
         case "about":
             return "agrees" if low <= claim.bound <= high else "disagrees"
+
+
+def _seed(point: Point) -> Label:
+    return point.labels.get("seed", 0)
 
 
 def _is_baseline_only(point: Point, experiment: Experiment) -> bool:

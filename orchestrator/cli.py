@@ -31,6 +31,7 @@ from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, e
 from orchestrator.profiles import PROFILES
 from orchestrator.recipes import Merge, Quality, Train
 from orchestrator.store import Store
+from orchestrator.tables import SPECS
 
 app = typer.Typer(
     cls=Courteous,
@@ -233,9 +234,7 @@ def _merge(
 
 @app.command()
 def query(
-    sql: Annotated[
-        str, typer.Argument(help="One SELECT over episodes, training, policies, runs, experiments, paper, scores.")
-    ],
+    sql: Annotated[str, typer.Argument(help=f"One SELECT over {', '.join(SPECS)}, and scores.")],
     results: ResultsOption = RESULTS,
     form: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
     output: Annotated[
@@ -319,7 +318,8 @@ def report(
     init: InitOption = None,
     text: TextOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; default: report/ under the results.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder; default: report/ under the results, report-NAME/ for some alone."),
     ] = None,
 ) -> None:
     """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
@@ -327,7 +327,7 @@ def report(
 
     setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names or ["all"])
     store = Store(results)
-    folder = output or store.root / "report"
+    folder = output or store.root / "-".join(["report", *(names or [])])
     path = write_report(chosen, setting, store, folder, repeat_options(profile, data, seeds, results, init, text))
     if output is None:
         store.place.push(folder)

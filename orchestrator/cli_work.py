@@ -17,7 +17,7 @@ from dt.tasks import get_task
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
 from orchestrator.data_choice import RECORDED, choose_data
-from orchestrator.declarations import declare_experiment, declare_paper
+from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.engine import Settings
 from orchestrator.engine import run as run_engine
 from orchestrator.estimates import sample_mean
@@ -26,7 +26,7 @@ from orchestrator.figures import draw, spell
 from orchestrator.plan import Plan, datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Artefact, Evaluate, Job, Pretrain, Recipe, Recording, closure, ingredients, read_policy
-from orchestrator.report import data_return, number
+from orchestrator.report import number
 from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -135,17 +135,24 @@ def compute(
             for name, some in points.items():
                 declare_experiment(tables, name, setting.name, some)
     compute_recipes(list(recipes.values()), store, address, workers)
+    if declare:
+        with store.lock():
+            state_datasets(tables, store, datasets_of(_artefacts(list(recipes.values()))))
 
 
 def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
     """Run what these recipes need. Raises UserError, before anything starts, for data that nobody can record."""
     datasets = [recipe for recipe in recipes if isinstance(recipe, Recording)]
-    behind = {part.id: part for recipe in recipes for part in ingredients(recipe)}
-    artefacts = [recipe for recipe in closure(behind.values()).values() if isinstance(recipe, Artefact)]
-    datasets += [dataset for dataset in datasets_of(artefacts) if isinstance(dataset, Recording)]
+    datasets += [dataset for dataset in datasets_of(_artefacts(recipes)) if isinstance(dataset, Recording)]
     for task, quality in {(part.task, part.quality) for dataset in set(datasets) for part in parts(dataset)}:
         load_behaviour_policy(task, quality)
     run_engine(recipes, Settings(results=store.address, address=address, rollout_workers=workers), log)
+
+
+def _artefacts(recipes: Sequence[Recipe]) -> list[Artefact]:
+    """All that has to be made for them."""
+    behind = {part.id: part for recipe in recipes for part in ingredients(recipe)}
+    return [recipe for recipe in closure(behind.values()).values() if isinstance(recipe, Artefact)]
 
 
 # --- showing -----------------------------------------------------------------------
@@ -155,7 +162,7 @@ def show_answers(
     experiments: Sequence[Experiment], setting: Setting, store: Store, figure: Path | None = None
 ) -> list[Answer]:
     """Print each experiment's numbers with their intervals, or only how its claims fared where there are many."""
-    found = answers(experiments, setting, store.open_tables(), data_return(store))
+    found = answers(experiments, setting, store.open_tables())
     for each in found:
         console.print(_table(each))
         if figure is not None and isinstance(each.experiment.show, Figure) and each.begun:
@@ -215,7 +222,7 @@ def show_search(
     """Search, then print the trials and the best of them on starts that none has seen."""
     settings = Settings(results=store.address, address=address, rollout_workers=workers)
     outcome = run_search(
-        experiment, setting, store, settings, data_return(store), log,
+        experiment, setting, store, settings, log,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives=objectives,
     )  # fmt: skip
     for title, found in (("Trials", ranked(outcome.trials)), ("The best, on new starts", list(outcome.best))):

@@ -1,16 +1,26 @@
-"""Rows that are declared, not measured: which evaluations answer which experiment, and the paper's numbers."""
+"""Rows of what is known without a computation: which evaluations answer which experiment, the paper's numbers, and what
+the datasets at hand hold."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from dt.errors import UserError
 from orchestrator.experiment import Point
 from orchestrator.paper import NUMBERS
-from orchestrator.recipes import Merge, Perturb, dataset_of, origin, trained
+from orchestrator.plan import is_recorded
+from orchestrator.recipes import Dataset, Imported, Merge, Perturb, Recording, dataset_of, origin, trained
+from orchestrator.store import Store
 from orchestrator.tables import SCHEMAS, Tables
+
+if TYPE_CHECKING:
+    from dt.data.trajectories import Trajectories
 
 
 def declare_paper(tables: Tables) -> None:
@@ -23,6 +33,37 @@ def declare_experiment(tables: Tables, experiment: str, profile: str, points: Se
     """State an experiment's points at a profile in the table `experiments`; the newest statement counts."""
     rows = [_row(experiment, profile, i, point) for i, point in enumerate(points)]
     tables.append("experiments", f"{experiment}-{profile}", pa.Table.from_pylist(rows, SCHEMAS["experiments"]))
+
+
+def state_datasets(tables: Tables, store: Store, datasets: Iterable[Dataset]) -> None:
+    """State what those datasets hold that are at hand, in the table `datasets`."""
+    for dataset in {dataset.id: dataset for dataset in datasets}.values():
+        if dataset.id not in tables.done("datasets") and (data := at_hand(dataset, store)):
+            row = {
+                "dataset": dataset.id,
+                "task": dataset.task,
+                "quality": dataset.quality,
+                "source": dataset.source if isinstance(dataset, Imported) else "recorded",
+                "episodes": data.episodes,
+                "steps": data.steps,
+                "mean_return": data.returns.mean(),
+                "return_deviation": data.returns.std(),
+                "best_return": data.returns.max(),
+                "content": data.content_hash,
+            }
+            tables.append("datasets", dataset.id, pa.Table.from_pylist([row], SCHEMAS["datasets"]))
+
+
+def at_hand(dataset: Dataset, store: Store) -> Trajectories | None:
+    """A dataset that need neither be recorded nor be what it no longer is."""
+    from orchestrator.making import load_dataset
+
+    if isinstance(dataset, Recording) and not is_recorded(dataset, store):
+        return None
+    try:
+        return load_dataset(dataset, store)
+    except UserError:
+        return None
 
 
 def _row(experiment: str, profile: str, index: int, point: Point) -> dict[str, object]:

@@ -8,15 +8,13 @@ from pathlib import Path
 import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
-from dt.errors import UserError
 from dt.files import write_atomically
-from orchestrator.answers import Answer, Cell, DataReturn, among, answers, shown_labels
+from orchestrator.answers import Answer, Cell, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
 from orchestrator.paper import NUMBERS
-from orchestrator.plan import is_recorded
-from orchestrator.recipes import Dataset, Recording, closure
+from orchestrator.recipes import closure
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
@@ -31,7 +29,7 @@ def write_report(experiments: Sequence[Experiment], setting: Setting, store: Sto
     command: the options that repeat this setting, for the sentence that says what to run.
     """
     tables = store.open_tables()
-    found = answers(experiments, setting, tables, data_return(store))
+    found = answers(experiments, setting, tables)
     for each in found:
         if isinstance(each.experiment.show, Figure) and each.begun:
             draw(each, each.experiment.show, folder / f"{each.experiment.name}.png")
@@ -39,29 +37,6 @@ def write_report(experiments: Sequence[Experiment], setting: Setting, store: Sto
     path = folder / NAME
     write_atomically(path, "\n\n".join(sections).encode() + b"\n")
     return path
-
-
-def data_return(store: Store) -> DataReturn:
-    """The mean return of a dataset's episodes, where the dataset is at hand."""
-    found: dict[str, float | None] = {}
-
-    def mean(dataset: Dataset) -> float | None:
-        if dataset.id not in found:
-            found[dataset.id] = _mean_return(dataset, store)
-        return found[dataset.id]
-
-    return mean
-
-
-def _mean_return(dataset: Dataset, store: Store) -> float | None:
-    from orchestrator.making import load_dataset
-
-    if isinstance(dataset, Recording):
-        return float(load_dataset(dataset, store).returns.mean()) if is_recorded(dataset, store) else None
-    try:
-        return float(load_dataset(dataset, store).returns.mean())
-    except UserError:  # not at hand, or no longer the one it was
-        return None
 
 
 # --- text -----------------------------------------------------------------------
@@ -93,10 +68,11 @@ def _header(found: Sequence[Answer], setting: Setting, tables: Tables) -> str:
     architecture = profile.architecture
     return f"""# Results: profile `{profile.name}`
 
-Written by `mergedt report` from the rows in the tables. Nothing is typed by hand but what is marked as the paper's.
+Written by `mergedt report` from the rows in the tables. Nothing is typed by hand but the paper's numbers, what was
+expected, and the likely reasons where ours disagree, which are guesses.
 
 * **Data:** {setting.data.describe(profile)}
-* **Policies:** {architecture.layers} layers, {architecture.heads} head(s), {architecture.width} wide,
+* **Single-task policies:** {architecture.layers} layers, {architecture.heads} head(s), {architecture.width} wide,
   `{architecture.activation}`; {optimisation.steps:,} steps of {optimisation.batch_size} windows at learning
   rate {optimisation.learning_rate:g} ({optimisation.schedule}, {optimisation.precision}). Always the last checkpoint.
 * **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task.

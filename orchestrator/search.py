@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
 from dt.errors import UserError
-from orchestrator.answers import DataReturn, answers, baseline
+from orchestrator.answers import answers, baseline
 from orchestrator.engine import Settings, run
 from orchestrator.experiment import Experiment, Label, Point, Search, Setting, Table
 from orchestrator.store import Store
@@ -51,7 +51,6 @@ def run_search(
     setting: Setting,
     store: Store,
     settings: Settings,
-    data_return: DataReturn,
     console: Console,
     *,
     trials: int,
@@ -76,7 +75,7 @@ def run_search(
     while len(done) < trials:
         asked = [study.ask() for _ in range(min(batch, trials - len(done)))]
         chosen = {trial.number: _suggested(trial, search) for trial in asked}
-        reached = evaluate(search, chosen, setting, store, settings, data_return, console, objectives)
+        reached = evaluate(search, chosen, setting, store, settings, console, objectives)
         for trial in asked:
             values = reached[trial.number]
             study.tell(trial, [values[name].value for name in names])
@@ -84,7 +83,7 @@ def run_search(
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
     best = [_first_alike(trial, done) for trial in study.best_trials]
     again = {trial.number: dict(trial.parameters) for trial in best}
-    elsewhere = evaluate(search, again, setting, store, settings, data_return, console, objectives, shift=HELD_OUT)
+    elsewhere = evaluate(search, again, setting, store, settings, console, objectives, shift=HELD_OUT)
     return Outcome(
         tuple(done.values()),
         tuple(Trial(number, parameters, elsewhere[number]) for number, parameters in again.items()),
@@ -118,7 +117,6 @@ def evaluate(
     setting: Setting,
     store: Store,
     settings: Settings,
-    data_return: DataReturn,
     console: Console,
     objectives: Objectives,
     *,
@@ -147,7 +145,7 @@ def evaluate(
         points=lambda _: points,
         show=Table(rows=rows, value="retention"),
     )
-    (answer,) = answers([asked], setting, store.open_tables(), data_return)
+    (answer,) = answers([asked], setting, store.open_tables())
     found: dict[int, dict[str, Sample]] = {number: {} for number in chosen}
     for cell in answer.cells:
         number = cell.labels["trial"]

@@ -137,6 +137,24 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
             ("policy",),
             ("kind", "task", "policy"),
         ),
+        "datasets": TableSpec(
+            _schema(
+                {
+                    "dataset": (TEXT, "id of its recipe"),
+                    "task": (TEXT, "task it is of"),
+                    "quality": (TEXT, "of the policies behind it: medium, expert, medium-expert"),
+                    "source": (TEXT, "recorded, or where it was imported from"),
+                    "episodes": (INTEGER, "count"),
+                    "steps": (INTEGER, "of all episodes together"),
+                    "mean_return": (REAL, "of its episodes, undiscounted"),
+                    "return_deviation": (REAL, "standard deviation of the episodes' returns"),
+                    "best_return": (REAL, "of its best episode"),
+                    "content": (TEXT, "SHA-256 of all that training sees of it"),
+                }
+            ),
+            ("dataset",),
+            ("task", "quality", "dataset"),
+        ),
         "runs": TableSpec(
             _schema(
                 {

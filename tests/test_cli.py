@@ -288,7 +288,7 @@ def test_reports_and_compaction(results: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "before") in first.stdout.replace("\n", "")
     succeeded("compact", "--results", str(copy))
     assert {path.name for path in (copy / "tables").iterdir() if path.is_file()} >= {
-        f"{table}.parquet" for table in ("episodes", "policies", "runs", "experiments", "paper", "training")
+        f"{table}.parquet" for table in ("episodes", "policies", "runs", "experiments", "datasets", "paper", "training")
     }
     succeeded("report", "demo", *options, "--output", str(tmp_path / "after"))
     page = (tmp_path / "after" / "README.md").read_text()

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from dt.behaviour.record import record
+from dt.data.sources import load_recorded
 from dt.merging.groups import units
 from dt.scores import bootstrap_interval, retention_interval
 from dt.tasks import get_task
 from experiments._units import kind_of
 from orchestrator.answers import Answer, answers, baseline, verdict
 from orchestrator.data_choice import choose_data
-from orchestrator.declarations import declare_experiment, declare_paper
+from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
 from orchestrator.experiment import Claim, Point, Setting, experiments, get_experiment
 from orchestrator.paper import NUMBERS
@@ -66,6 +68,13 @@ def world(folder: Path, kept: Callable[[str, Point], float], noise: float = 2.0)
             rows[point.evaluation.id] = rows_of(point, BEFORE * share, noise, rng)
     store.tables.mkdir(parents=True)
     pq.write_table(pa.concat_tables(rows.values()), store.tables / "episodes.parquet")
+    data = {
+        dataset.id
+        for point in get_experiment("experts").points(SETTING)
+        for dataset in point.evaluation.policy.datasets
+    }
+    held = [dict.fromkeys(SCHEMAS["datasets"].names) | {"dataset": name, "mean_return": 3000.0} for name in data]
+    pq.write_table(pa.Table.from_pylist(held, SCHEMAS["datasets"]), store.tables / "datasets.parquet")
     return store
 
 
@@ -127,12 +136,8 @@ def papers_world(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return world(tmp_path_factory.mktemp("paper"), as_the_paper)
 
 
-def data_of(_: object) -> float:
-    return 3000.0
-
-
 def answered(store: Store, name: str) -> Answer:
-    return answers([get_experiment(name)], SETTING, Tables(store.tables), data_of)[0]
+    return answers([get_experiment(name)], SETTING, Tables(store.tables))[0]
 
 
 # --- estimates -----------------------------------------------------------------------
@@ -271,6 +276,21 @@ def test_what_is_there_of_an_experiment_is_shown(papers_world: Store) -> None:
     assert any(verdicts)
 
 
+def test_training_seeds_that_are_not_there_leave_the_others_their_numbers(papers_world: Store) -> None:
+    """The experiment asks for three seeds and has one: what is shown is what that one gives alone, and says so."""
+    alone = answered(papers_world, "figure_3")
+    asked = replace(SETTING, profile=SETTING.profile.with_seeds((2, 0, 1)))
+    (some,) = answers([alone.experiment], asked, Tables(papers_world.tables))
+    assert len(some.missing) == 2 * len(alone.asked)
+    assert {cell.seeds for cell in some.cells} == {1}
+    for cell, other in zip(some.cells, alone.cells, strict=True):
+        assert cell.episodes == other.episodes
+        assert cell.estimates["retention"].value == other.estimates["retention"].value
+    for claim in alone.experiment.claims:
+        (mine, said), (other, verdict) = some.judge(claim), alone.judge(claim)
+        assert (mine.value, said) == (other.value, verdict)
+
+
 # --- the paper's numbers -----------------------------------------------------------------------
 
 
@@ -360,7 +380,7 @@ def test_the_page_shows_every_experiment(page: tuple[str, Path]) -> None:
     assert "normalised with D4RL's reference returns" in text
     assert "**paper 88.6**" in text
     assert "disagrees" not in text.split("## Table I")[1]
-    assert "likely reason" not in text
+    assert "the likely reason:" not in text
 
 
 def test_where_the_paper_is_contradicted_the_page_says_so_and_why(tmp_path: Path) -> None:
@@ -389,10 +409,27 @@ def test_the_page_links_to_its_sections(page: tuple[str, Path]) -> None:
     assert links == anchors
 
 
-def test_data_that_is_not_there_leaves_a_dash(page: tuple[str, Path]) -> None:
-    text, _ = page
-    section = text.split("## Single-task policies")[1].split("\n## ")[0]
-    assert "cannot be computed" in section
+def test_data_of_which_nothing_is_known_gives_no_share_of_it(papers_world: Store) -> None:
+    found = replace(answered(papers_world, "experts"), data_returns={})
+    assert all(set(cell.estimates) == {"return", "score", "retention"} for cell in found.cells)
+    assert [found.judge(claim) for claim in found.experiment.claims] == [None] * 3
+
+
+def test_what_datasets_hold_is_stated_once_of_those_at_hand(tmp_path: Path) -> None:
+    store, (here, gone) = (
+        Store(tmp_path),
+        (Recording(task="hopper", quality=q, episodes=2) for q in ("medium", "expert")),
+    )
+    record("hopper", "medium", 2, 0, store.datasets)
+    data, tables = load_recorded("hopper", "medium", 2, 0, store.datasets), store.open_tables()
+    for _ in range(2):
+        state_datasets(tables, store, [here, gone, here])
+    (row,) = tables.some("datasets").to_pylist()
+    assert (row["dataset"], row["task"], row["quality"], row["source"]) == (here.id, "hopper", "medium", "recorded")
+    episodes = [data.rewards[a:b].astype(np.float64).sum() for a, b in pairwise(data.offsets)]
+    assert (row["episodes"], row["steps"], row["content"]) == (2, data.steps, data.content_hash)
+    assert (row["mean_return"], row["best_return"]) == pytest.approx((np.mean(episodes), max(episodes)))
+    assert row["return_deviation"] == pytest.approx(np.std(episodes))
 
 
 def test_a_page_without_rows_says_what_to_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def found(store: Store, **options: object) -> Outcome:
     quiet = Console(file=io.StringIO())
-    return run_search(EXPERIMENT, SETTING, store, Settings(results=store.root), lambda _: None, quiet, **options)
+    return run_search(EXPERIMENT, SETTING, store, Settings(results=store.root), quiet, **options)
 
 
 def test_the_best_is_found_and_confirmed_on_starts_it_was_not_chosen_on(store: Store) -> None:
@@ -93,7 +93,7 @@ def test_every_target_may_be_an_objective_of_its_own(store: Store) -> None:
 def test_mistakes_are_named(store: Store) -> None:
     with pytest.raises(UserError, match="table_1 has no coefficients to search over"):
         run_search(
-            get_experiment("table_1"), SETTING, store, Settings(results=Path("nowhere")), lambda _: None,
+            get_experiment("table_1"), SETTING, store, Settings(results=Path("nowhere")),
             Console(file=io.StringIO()), trials=1,
         )  # fmt: skip
     with pytest.raises(UserError, match="did you mean 'random'"):
