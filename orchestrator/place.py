@@ -240,16 +240,16 @@ class Mirror:
         Should two be made at once, both writers may be turned away, never neither. Raises UserError naming the other.
         """
         folder = self.root / ".claims"
-        mine, host = folder / secrets.token_hex(8), os.uname().nodename
-        self._claim(mine, host)
+        mine = folder / secrets.token_hex(8)
+        self._claim(mine)
         try:
             for other in {self._path(info) for info in self._files_under(folder)} - {mine}:
-                self._give_way(other, mine, host)
+                self._give_way(other, mine)
         except UserError:
             self._withdraw(mine)
             raise
         over = threading.Event()
-        heart = threading.Thread(target=self._beat, args=(mine, host, over), daemon=True)
+        heart = threading.Thread(target=self._beat, args=(mine, over), daemon=True)
         heart.start()
         try:
             yield
@@ -258,17 +258,16 @@ class Mirror:
             heart.join()
             self._withdraw(mine)
 
-    def _claim(self, mine: Path, host: str) -> None:
-        self.put(mine, f"{os.getpid()} on {host}".encode())
+    def _claim(self, mine: Path) -> None:
+        self.put(mine, f"{os.getpid()} on {os.uname().nodename}\n{_machine()}".encode())
 
-    def _give_way(self, other: Path, mine: Path, host: str) -> None:
+    def _give_way(self, other: Path, mine: Path) -> None:
         """Raise UserError if another claim is alive; withdraw it if its process has died here."""
         self.fetch(other)
         if not other.is_file():
             return
-        holder = other.read_text()
-        process, _, where = holder.partition(" on ")
-        if where == host and not Path("/proc", process).exists() and Path("/proc").is_dir():
+        holder, _, machine = other.read_text().partition("\n")
+        if machine and machine == _machine() and not Path("/proc", holder.split()[0]).exists():
             self._withdraw(other)
         elif mine.stat().st_mtime - other.stat().st_mtime < LEASE_SECONDS:  # both by the object store's clock
             raise UserError(
@@ -276,10 +275,10 @@ class Mirror:
                 "was killed), or give another place with --results"
             )
 
-    def _beat(self, mine: Path, host: str, over: threading.Event) -> None:
+    def _beat(self, mine: Path, over: threading.Event) -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             with suppress(UserError):  # there may be a network again in time
-                self._claim(mine, host)
+                self._claim(mine)
 
     def _withdraw(self, claim: Path) -> None:
         with suppress(UserError):
@@ -357,3 +356,12 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     return [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+
+
+def _machine() -> str:
+    """Of all processes that find each other under `/proc`: the names of machines and containers repeat. Empty where
+    there is no such thing."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    with suppress(OSError):
+        return f"{boot.read_text().strip()} {namespace.readlink()}"
+    return ""

@@ -148,14 +148,21 @@ def test_one_writer_at_a_time(bucket, machines, tmp_path, monkeypatch):
         there.lease().__enter__()
     with there.lease():  # given back
         pass
-    claims = here.root / ".claims"
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    here.put(claims / "dead", f"{gone.pid} on {os.uname().nodename}".encode())
+    code = (
+        "import sys; from orchestrator.place import *\nwith place_of(sys.argv[1]).lease(): print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, here.address], **pipes) as killed:
+        killed.stdout.readline()
+        here.pull(here.root / ".claims")
+        (claim,) = (here.root / ".claims").iterdir()
+        with pytest.raises(UserError, match=f"process {killed.pid} on "):
+            there.lease().__enter__()
+        killed.kill()
     with there.lease():
-        assert not here.exists(claims / "dead")
-    here.put(claims / "silent", b"1 on another machine")
-    with pytest.raises(UserError, match="process 1 on another machine"):
+        assert not here.exists(claim)
+    here.put(claim, f"{killed.pid} on {os.uname().nodename}\nof the same name".encode())
+    with pytest.raises(UserError, match=f"process {killed.pid} on "):
         there.lease().__enter__()
     monkeypatch.setattr(places, "LEASE_SECONDS", 1.0)
     time.sleep(2.5)  # an object store's clock may count in seconds

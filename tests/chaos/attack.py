@@ -28,15 +28,14 @@ from orchestrator.tables import Tables
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
 QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
-# In ray.init, Ray's C++ ends the process before anyone can say a word.
-RAYS_OWN = ("Worker will terminate.", "Failed to register worker to Raylet")
 GRACE = 180.0  # seconds to notice that the run is over: Ray's agents give up a head that was killed after 60
 DELAY = 3.0  # seconds at most between meeting a victim and striking
 FAILED, INTERRUPTED = 2, 130
 
 WORKERS = ("training worker", "rollout actor")  # a run goes on without them
 KILLS = (*WORKERS, "driver", "head", "raylet")
-COORDINATORS = ("rollout pool", "trial", "training controller")  # between the driver and the workers
+NODES = ("raylet", "agent")  # without its agent a raylet leaves, too
+COORDINATORS = ("rollout pool", "trial", "training controller", "agent")  # between the driver and the workers
 LOSS = "dataset"  # not a process: a recording is deleted under the run's feet
 POLITE = {"interrupt": signal.SIGINT, "termination": signal.SIGTERM}  # to the driver, which then tidies up
 _COMMANDS = {
@@ -45,6 +44,7 @@ _COMMANDS = {
     "rollout pool": b"ray::RolloutPool",
     "trial": b"ray::ImplicitFunc",
     "training controller": b"ray::TrainController",
+    "agent": b"ray::RuntimeEnvAgent",
     "raylet": b"raylet/raylet",
     "head": b"gcs_server",
 }
@@ -144,7 +144,7 @@ class Run:
         """Wait for the end that befits what was hit, and return the exit status."""
         fatal = ends_with(struck)
         try:
-            status = self._process.wait(QUICK if fatal in (*POLITE, "head", "raylet") else PATIENCE)
+            status = self._process.wait(QUICK if fatal in (*POLITE, *NODES, "head") else PATIENCE)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"hangs after {struck}; {self._said()}") from None
         befitting = {None: (0,), "driver": (0, -signal.SIGKILL)} | dict.fromkeys(POLITE, (0, INTERRUPTED))
@@ -152,8 +152,8 @@ class Run:
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         if fatal in POLITE and Tables(self.results / "tables").done("episodes") >= {each.id for each in everything()}:
             fitting += (-POLITE[fatal],)  # it had done its work, and Python was leaving
-        if fatal == "raylet" and any(words in self._log.read_text().splitlines()[-1] for words in RAYS_OWN):
-            fitting += (1,)
+        if fatal in NODES and "Traceback" not in self._log.read_text()[self._silence :]:
+            fitting += (1,)  # while it connects, or at a look into its store, Ray's C++ ends the process without a word
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
         if status == FAILED:
             assert self._log.read_text().splitlines()[-1].startswith("mergedt: "), self._said()
@@ -192,8 +192,11 @@ class Run:
             return self._process.pid if self._process.poll() is None else None
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it ended meanwhile
-                if _COMMANDS[kind] in (folder / "cmdline").read_bytes() and self._descends(int(folder.name)):
-                    return int(folder.name)
+                command, process = (folder / "cmdline").read_bytes(), int(folder.name)
+                if _COMMANDS[kind] in command and self._descends(process):
+                    parent = Path("/proc", _stat(process)[1], "cmdline")
+                    if parent.read_bytes() != command:  # else it is about to become another program
+                        return process
         return None
 
     def _descends(self, process: int) -> bool:
