@@ -8,6 +8,7 @@ from rich.table import Table as RichTable
 
 from dt.errors import UserError, unknown
 from dt.tasks import get_task
+from dt.training.optimisation import Precision
 from orchestrator import cli_data
 from orchestrator.cli_options import (
     RESULTS,
@@ -297,15 +298,16 @@ def convert(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A policy that `mergedt export` wrote.")],
+    file: Annotated[Path, typer.Argument(help="A policy that `mergedt export` or `convert` wrote.")],
     task: Annotated[list[str] | None, typer.Option("--task", help="Default: all that it has heads for.")] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1)] = 25,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first episode's start.")] = 1_000_000,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of the matrix products.")] = "float32",
 ) -> None:
     """Roll out a policy from its file alone."""
     from orchestrator.cli_work import evaluate_file
 
-    evaluate_file(file, task, episodes, seed)
+    evaluate_file(file, task, episodes, seed, precision)
 
 
 @app.command()

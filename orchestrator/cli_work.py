@@ -14,6 +14,7 @@ from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError, unknown
 from dt.model.shapes import block_parameters
 from dt.tasks import get_task
+from dt.training.optimisation import Precision
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
 from orchestrator.data_choice import RECORDED, choose_data
@@ -275,7 +276,7 @@ def convert_original(file: Path, task: str, source: str, output: Path, store: St
     console.print(f"{output}: {policy.architecture}; try `mergedt evaluate {output}`", soft_wrap=True, highlight=False)
 
 
-def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: int) -> None:
+def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: int, precision: Precision) -> None:
     """Roll out the policy in a file and print what it reaches on each task."""
     from dt.model.policy import load_policy
     from dt.rollout.evaluate import evaluate
@@ -284,7 +285,7 @@ def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: 
     policy = load_policy(file)
     table = RichTable("task", "return", "score", "episodes", title=str(file), title_justify="left")
     for task in [get_task(name) for name in tasks or policy.heads]:
-        (result,) = evaluate([policy], task, episodes=episodes, seed=seed)
+        (result,) = evaluate([policy], task, episodes=episodes, seed=seed, precision=precision)
         returns = sample_mean(result.returns.tolist(), together=task.name)
         scores = sample_mean(normalised_score(task, result.returns).tolist(), together=task.name)
         table.add_row(task.name, number(returns, "return"), number(scores, "score"), str(episodes))

@@ -42,7 +42,7 @@ class Settings:
     training_slots: int | None = None  # trainings at once; None: CPUs / threads, or four a GPU
     threads: int | None = None  # of torch, for each training; None: a quarter of a node's CPUs
     cpus: int | None = None  # of an embedded Ray; None: all
-    checkpoint_seconds: float = 20.0  # a killed training loses no more than that
+    checkpoint_seconds: float = 20.0  # what a killed training loses at most; more where writing takes over a second
 
 
 def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None = None) -> Plan:
