@@ -32,7 +32,6 @@ from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, e
 from orchestrator.profiles import PROFILES
 from orchestrator.recipes import Merge, Quality, Train
 from orchestrator.store import Store
-from orchestrator.tables import SPECS
 
 app = typer.Typer(
     cls=Courteous,
@@ -45,6 +44,7 @@ app = typer.Typer(
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.behaviour, name="behaviour")
 
+TABLES = "episodes, training, policies, datasets, runs, experiments, paper, benchmarks, scores"
 Names = Annotated[list[str], typer.Argument(metavar="EXPERIMENT...", help="By name, or `all`: see `mergedt list`.")]
 Group = Annotated[
     str, typer.Option("--group", help="attention, mlp, layernorm, trunk, a unit, or several joined by +.")
@@ -235,7 +235,7 @@ def _merge(
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help=f"One SELECT over {', '.join(SPECS)}, and scores.")],
+    sql: Annotated[str, typer.Argument(help=f"One SELECT over {TABLES}.")],
     results: ResultsOption = RESULTS,
     form: Annotated[str, typer.Option("--format", help="table, csv, json or parquet.")] = "table",
     output: Annotated[

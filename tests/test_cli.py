@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from dt.behaviour.record import record
 from dt.data.sources import load_recorded
-from orchestrator.cli import app
+from orchestrator.cli import TABLES, app
 from orchestrator.cli_options import console
 from orchestrator.cli_work import run_demo
 from orchestrator.store import Store
+from orchestrator.tables import SPECS
 
 ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
@@ -277,6 +278,10 @@ def test_a_merged_policy_is_filmed(results: Path, tmp_path: Path) -> None:
     with Image.open(film) as image:
         assert image.format == "WEBP"
         assert getattr(image, "n_frames", 1) > 1
+
+
+def test_the_help_names_every_table() -> None:
+    assert set(TABLES.split(", ")) == {*SPECS, "scores"}
 
 
 @pytest.mark.slow
