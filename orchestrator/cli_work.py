@@ -26,7 +26,18 @@ from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting,
 from orchestrator.figures import draw, spell
 from orchestrator.plan import Plan, datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
-from orchestrator.recipes import Artefact, Evaluate, Job, Pretrain, Recipe, Recording, closure, ingredients, read_policy
+from orchestrator.recipes import (
+    Artefact,
+    Evaluate,
+    Fisher,
+    Job,
+    Pretrain,
+    Recipe,
+    Recording,
+    closure,
+    ingredients,
+    read_policy,
+)
 from orchestrator.report import number
 from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
@@ -48,24 +59,23 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     seconds = estimate(planned, tables)
     table = RichTable("", "to compute", "of", "already there", "about")
 
-    def line(name: str, kind: str, count: int, size: str, stored: int) -> None:
-        table.add_row(name, f"{count:,}", size, f"{stored:,}", _minutes(seconds[kind]))
-
-    line(
-        "recordings",
-        "recording",
-        len(planned.recordings),
-        f"{planned.recorded_episodes:,} episodes",
-        planned.stored_recordings,
+    lines = (
+        (
+            "recordings",
+            "recording",
+            planned.recordings,
+            planned.recorded_episodes,
+            "episodes",
+            planned.stored_recordings,
+        ),
+        ("trainings", "train", planned.trainings, planned.gradient_steps, "steps", planned.stored_artefacts),
+        ("estimates", "fisher", planned.fishers, sum(each.batches for each in planned.fishers), "batches", None),
+        ("evaluations", "evaluate", planned.evaluations, planned.episodes, "episodes", planned.stored_evaluations),
     )
-    line("trainings", "train", len(planned.trainings), f"{planned.gradient_steps:,} steps", planned.stored_artefacts)
-    line(
-        "evaluations",
-        "evaluate",
-        len(planned.evaluations),
-        f"{planned.episodes:,} episodes",
-        planned.stored_evaluations,
-    )
+    for name, kind, recipes, size, unit, stored in lines:
+        if recipes or stored is not None:
+            there = "" if stored is None else f"{stored:,}"  # a training's artefact or an estimate's: counted together
+            table.add_row(name, f"{len(recipes):,}", f"{size:,} {unit}", there, _minutes(seconds[kind]))
     cores = os.cpu_count() or 1
     known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
     table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
@@ -84,13 +94,18 @@ def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
     sizes = {
         "recording": planned.recorded_episodes,
         "train": sum(map(_work, planned.trainings)),
+        "fisher": sum(map(_work, planned.fishers)),
         "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
     }
-    busy = {"recording": cores, "train": min(cores, max(1, len(planned.trainings))), "evaluate": cores}
+    known["fisher"] = known["train"]  # a step's gradients, without the step
+    busy = dict.fromkeys(sizes, cores) | {"train": min(cores, max(1, len(planned.trainings)))}
     return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
-def _work(job: Job) -> int:
+def _work(job: Job | Fisher) -> int:
+    if isinstance(job, Fisher):
+        context = job.policy.architecture.context
+        return job.batches * job.batch_size * 3 * context * block_parameters(job.policy.architecture)
     tokens = job.block if isinstance(job, Pretrain) else 3 * job.architecture.context
     return job.optimisation.steps * job.optimisation.batch_size * tokens * block_parameters(job.architecture)
 

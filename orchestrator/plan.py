@@ -54,6 +54,11 @@ class Plan:
         return tuple(artefact for artefact in self.artefacts if not isinstance(artefact, Job))
 
     @property
+    def fishers(self) -> tuple[Fisher, ...]:
+        """What takes gradients alone."""
+        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Fisher))
+
+    @property
     def empty(self) -> bool:
         """Whether everything asked for is there."""
         return not (self.recordings or self.artefacts or self.evaluations)

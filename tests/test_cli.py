@@ -148,6 +148,10 @@ def test_a_plan_counts_and_computes_nothing(tmp_path: Path) -> None:
     assert lines["recordings"].split("│")[2].strip() == "6"
     assert lines["trainings"].split("│")[2].strip() == "9"
     assert lines["evaluations"].split("│")[2].strip() == "21"  # 9 experts, 6 pairs at two weights
+    assert "estimates" not in lines
+    with_fisher = succeeded("plan", "table_5", "--profile", "smoke", "--results", str(tmp_path / "r")).stdout
+    (line,) = (line for line in with_fisher.splitlines() if "estimates" in line)
+    assert line.split("│")[2].strip() == "3"  # of each robot's expert, for the Fisher merge
     assert not (tmp_path / "r").exists()
 
 
