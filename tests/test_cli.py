@@ -151,7 +151,7 @@ def test_a_plan_counts_and_computes_nothing(tmp_path: Path) -> None:
     assert "estimates" not in lines
     with_fisher = succeeded("plan", "table_5", "--profile", "smoke", "--results", str(tmp_path / "r")).stdout
     (line,) = (line for line in with_fisher.splitlines() if "estimates" in line)
-    assert line.split("│")[2].strip() == "3"  # of each robot's expert, for the Fisher merge
+    assert line.split("│")[2].strip() == "6"  # of three experts of two bases, for the Fisher merges
     assert not (tmp_path / "r").exists()
 
 
