@@ -29,10 +29,11 @@ from orchestrator.messages import Failure
 from orchestrator.plan import make_plan
 from orchestrator.progress import Phase
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
-from orchestrator.session import authenticate, connect, processes
+from orchestrator.session import authenticate, connect
 from orchestrator.store import Store
 from orchestrator.sweeps import sweep
 from orchestrator.tables import Tables
+from orchestrator.witness import processes
 
 TASKS = ("hopper", "walker2d")
 TINY = Architecture(width=16, layers=1, heads=1, context=5)

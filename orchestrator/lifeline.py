@@ -6,17 +6,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dt.errors import EXIT_STATUS
+from orchestrator.witness import tell
 
 _PERIOD_SECONDS = 1.0
 _ANSWER_SECONDS = 5.0
-_SHOW_CURSOR = "\x1b[?25h\n"  # below a progress bar, which had hidden it
 
 
 @contextmanager
@@ -57,13 +56,7 @@ def _watch(
         if (where := address()) is None or answers(where):
             heard = time.monotonic()
         elif time.monotonic() - heard > patience:
-            cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
-            print(
-                f"{cursor}mergedt: {what} at {where} is gone (of memory? with its machine?): "
-                "run the same command again to go on",
-                file=sys.stderr,
-                flush=True,
-            )
+            tell(f"{what} at {where} is gone (of memory? with its machine?)")
             farewell()
             os._exit(EXIT_STATUS)
 

@@ -20,6 +20,7 @@ from typing import Any
 from dt.errors import UserError
 from orchestrator.lifeline import answers, lifeline, terminable
 from orchestrator.place import Place, place_of
+from orchestrator.witness import end_processes, processes, witnessed
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output engine prints boxes even when silenced
@@ -92,19 +93,23 @@ def _embedded(cpus: int | None) -> Iterator[Session]:
     """A Ray of our own, which ends with the block."""
     import ray
 
-    with own_folder() as folder:
-        farewell = partial(_end_processes, folder)
+    with own_folder() as folder, witnessed(folder) as farewell:
+
+        def leave() -> None:
+            farewell()
+            end_processes(folder)
+
         try:
-            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
+            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, leave):
                 with _tamed():
                     _start(folder, cpus)
                 with terminable():
                     _silence(folder)
-                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
+                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, leave):
                         yield _session(embedded=True)
         finally:
             ray.shutdown()
-            _end_processes(folder)
+            end_processes(folder)
 
 
 @contextmanager
@@ -121,11 +126,11 @@ def _connected(where: str) -> Iterator[Session]:
             "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
         ) from error
     try:
-        with terminable():
+        with terminable(), witnessed() as farewell:
             head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
             with (
-                lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, lambda: None),
-                lifeline(NODE, node, HEAD_PATIENCE_SECONDS, lambda: None),
+                lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, farewell),
+                lifeline(NODE, node, HEAD_PATIENCE_SECONDS, farewell),
             ):
                 yield _session(embedded=False)
     finally:
@@ -161,7 +166,7 @@ def _start(folder: Path, cpus: int | None) -> None:
             time.sleep(1)
         for port in _ports(folder):  # this head is not missed
             port.unlink()
-        _end_processes(folder)
+        end_processes(folder)
         if time.monotonic() > deadline or at_once == QUICK_FAILURES:
             raise UserError(
                 f"Ray does not start on this machine ({explain(reason)}): mend that, or wait till it is less busy, and "
@@ -229,24 +234,6 @@ def _tamed() -> Iterator[None]:
     finally:
         for name, former in theirs.items():
             setattr(utils, name, former)
-
-
-def processes(mark: str) -> list[tuple[int, bytes]]:
-    """Id and command of the processes whose command contains that: the folder of a Ray, say, or an actor's name."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile
-            command = (process / "cmdline").read_bytes()
-            if mark.encode() in command:
-                found.append((int(process.name), command))
-    return found
-
-
-def _end_processes(folder: Path) -> None:
-    """End what is left of that Ray: of a start that failed, or the detached actors of Train."""
-    for pid, _ in processes(str(folder)):
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def in_job() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.session import processes
+from orchestrator.witness import processes
 
 ROOT = Path(__file__).parents[1]
 ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -100,6 +100,19 @@ def test_an_embedded_ray_that_falls_apart_is_missed(up: bool, program: bytes, wh
         assert run.stderr is not None
         assert run.stderr.read().splitlines()[-1].startswith(f"mergedt: {what} at ")
         assert processes(str(folder)) == []
+
+
+@pytest.mark.slow
+def test_for_a_run_that_is_killed_a_witness_speaks_and_tidies_up() -> None:
+    with embedded() as (run, folder):
+        assert run.stdout is not None
+        assert run.stdout.readline() == "up\n"
+        run.kill()
+        assert run.stderr is not None
+        said = run.stderr.read()  # to the end of all that run under it
+        assert said.splitlines()[-1].startswith("mergedt: the run ended without a word")
+        assert processes(str(folder)) == []
+        assert not folder.exists()
 
 
 @pytest.mark.slow

@@ -155,8 +155,11 @@ class Run:
         if fatal in NODES and "Traceback" not in self._log.read_text()[self._silence :]:
             fitting += (1,)  # while it connects, or at a look into its store, Ray's C++ ends the process without a word
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
-        if status == FAILED:
-            assert self._log.read_text().splitlines()[-1].startswith("mergedt: "), self._said()
+        if status in (FAILED, 1):
+            deadline = time.monotonic() + GRACE
+            while not self._log.read_text().splitlines()[-1].startswith("mergedt: "):
+                assert time.monotonic() < deadline, self._said()
+                time.sleep(0.1)
         return status
 
     def check_gone(self) -> None:

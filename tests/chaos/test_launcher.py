@@ -18,8 +18,8 @@ import pytest
 import yaml
 from attack import PATIENCE
 
-from orchestrator.session import _end_processes
 from orchestrator.tables import Tables
+from orchestrator.witness import end_processes
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.prefix, "bin")
@@ -79,7 +79,7 @@ def session() -> Iterator[Path]:
     """Ray's folder of that cluster, short because of its sockets; what runs there ends with it."""
     folder = Path(tempfile.mkdtemp(prefix="mergedt-launcher-", dir="/tmp"))
     yield folder
-    _end_processes(folder)
+    end_processes(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
