@@ -71,7 +71,8 @@ def _main() -> None:
     folder, _, farewell = sys.stdin.read().partition("\n")
     if farewell:
         return
-    tell("the run ended without a word (killed? of memory? by Ray, when its node was gone?)")
+    with suppress(OSError):  # its terminal is gone, too
+        tell("the run ended without a word (killed? of memory? by Ray, when its node was gone?)")
     if folder:
         end_processes(Path(folder))
         shutil.rmtree(folder, ignore_errors=True)
