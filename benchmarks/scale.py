@@ -29,7 +29,7 @@ from orchestrator.messages import Failure
 from orchestrator.plan import make_plan
 from orchestrator.progress import Phase
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
-from orchestrator.session import authenticate, connect
+from orchestrator.session import connect, prepare
 from orchestrator.store import Store
 from orchestrator.sweeps import sweep
 from orchestrator.tables import Tables
@@ -96,7 +96,7 @@ def simulated(nodes: int | None, cpus: int) -> Iterator[str]:
     if nodes is None:
         yield "local"
         return
-    authenticate(new_cluster=True)
+    prepare(new_cluster=True)
     cluster = Cluster()
     try:
         for node in range(nodes):

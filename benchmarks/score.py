@@ -94,7 +94,7 @@ def literal_training(
     saved = folder / f"{task.name}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.pt"
     if saved.is_file():
         state = torch.load(saved, weights_only=True)
-        seconds += state["seconds"]
+        seconds += state["step_seconds"]
         training.load(state)
     while not training.steps or _returns(training.policy(), task, budget) < goal:
         began = time.perf_counter()
@@ -103,7 +103,7 @@ def literal_training(
         for _ in range(LITERAL_STEPS):
             training.step()
         seconds += ((between - began) / OUR_STEPS, (time.perf_counter() - between) / LITERAL_STEPS)
-        torch.save(training.state() | {"seconds": seconds.tolist()}, buffer := BytesIO())
+        torch.save(training.state() | {"step_seconds": seconds.tolist()}, buffer := BytesIO())
         write_atomically(saved, buffer.getvalue())
         each = 1000 * seconds * LITERAL_STEPS / training.steps
         console.print(f"{task.name}: {training.steps:,} steps of {each[1]:.0f} ms (ours: {each[0]:.0f} ms)")

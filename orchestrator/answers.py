@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,14 @@ from orchestrator.recipes import Evaluate, Trained, dataset_of, origin
 from orchestrator.tables import Tables
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
+
+
+class Judgement(NamedTuple):
+    """A claim's number, what its interval says, and how many training seeds it is of."""
+
+    sample: Sample
+    verdict: Verdict
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -70,38 +78,38 @@ class Answer:
             groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
         return tuple(self._cell(dict(zip(shown, key, strict=True)), points) for key, points in groups.items())
 
-    def judge(self, claim: Claim) -> tuple[Sample, Verdict] | None:
-        """The claim's number and what its interval says, over the training seeds all of whose rows are there.
+    def judge(self, claim: Claim) -> Judgement | None:
+        """The claim's number and what it says, over the training seeds all of whose rows are there.
 
         None where it cannot be computed.
         """
         terms = [(weight, select(self.points, where)) for weight, where in claim.terms]
-        partial = self._partial_seeds([point for _, points in terms for point in points])
-        total: Sample | None = None
-        for weight, points in terms:
-            samples = [self._sample(point, claim.value) for point in points if _seed(point) not in partial]
-            if not samples or None in samples:
-                return None
-            term = mean_of([sample for sample in samples if sample is not None]) * weight
-            total = term if total is None else total + term
-        if total is None or not total.finite:
+        partial = self._partial_seeds([point for _, points in terms for point in points], claim.value)
+        there = [(weight, [p for p in points if _seed(p) not in partial]) for weight, points in terms]
+        if not all(points for _, points in there):
             return None
-        return total, verdict(total.interval, claim)
+        means = [mean_of([self._sample(point, claim.value) for point in points]) * weight for weight, points in there]
+        total = sum(means[1:], start=means[0])
+        seeds = {_seed(point) for _, points in there for point in points}
+        return Judgement(total, verdict(total.interval, claim), len(seeds)) if total.finite else None
 
     def _cell(self, labels: Mapping[str, Label], points: Sequence[Point]) -> Cell:
-        partial = self._partial_seeds(points)
-        there = [point for point in points if _seed(point) not in partial]
+        shown = self._of_whole_seeds(points, self.experiment.show.value) or self._of_whole_seeds(points, "score")
         return Cell(
             labels=labels,
-            estimates=self._estimates(there),
-            episodes=sum(len(self.rows[point.evaluation.id][0]) for point in there),
-            seeds=len({_seed(point) for point in there}),
-            size=self._size(points),
+            estimates=self._estimates(points),
+            episodes=sum(len(self.rows[point.evaluation.id][0]) for point in shown),
+            seeds=len({_seed(point) for point in shown}),
+            size=self._size(shown),
         )
 
-    def _partial_seeds(self, points: Sequence[Point]) -> set[Label]:
-        """The training seeds of which some rows are missing."""
-        return {_seed(point) for point in points if point.evaluation.id in self.missing}
+    def _partial_seeds(self, points: Sequence[Point], measure: Measure) -> set[Label]:
+        """The training seeds of which the measure of some point is not known."""
+        return {_seed(point) for point in points if not self._known(point, measure)}
+
+    def _of_whole_seeds(self, points: Sequence[Point], measure: Measure) -> list[Point]:
+        partial = self._partial_seeds(points, measure)
+        return [point for point in points if _seed(point) not in partial]
 
     def _size(self, points: Sequence[Point]) -> float | None:
         sizes = {self.sizes.get(point.evaluation.policy.id) for point in points}
@@ -109,29 +117,33 @@ class Answer:
 
     def _estimates(self, points: Sequence[Point]) -> dict[Measure, Sample]:
         measures: set[Measure] = {"return", "score", "retention", self.experiment.show.value}
-        found = {measure: [self._sample(point, measure) for point in points] for measure in measures}
+        there = {measure: self._of_whole_seeds(points, measure) for measure in measures}
         means = {
-            measure: mean_of([sample for sample in samples if sample is not None])
-            for measure, samples in found.items()
-            if samples and None not in samples
+            measure: mean_of([self._sample(point, measure) for point in some])
+            for measure, some in there.items()
+            if some
         }
         return {measure: sample for measure, sample in means.items() if sample.finite}
 
-    def _sample(self, point: Point, measure: Measure) -> Sample | None:
+    def _known(self, point: Point, measure: Measure) -> bool:
         evaluation = point.evaluation
-        if evaluation.id in self.missing:
-            return None
+        beside = measure != "retention" or baseline(evaluation).id in self.rows
+        return (
+            evaluation.id in self.rows and beside and (measure != "of_data" or _data(evaluation) in self.data_returns)
+        )
+
+    def _sample(self, point: Point, measure: Measure) -> Sample:
+        """Of a measure that is known."""
+        evaluation = point.evaluation
         match measure:
             case "return":
                 return self._mean(evaluation, 0)
             case "score":
                 return self._mean(evaluation, 1)
             case "retention":
-                before = baseline(evaluation)
-                return self._mean(evaluation, 1) / self._mean(before, 1) if before.id in self.rows else None
+                return self._mean(evaluation, 1) / self._mean(baseline(evaluation), 1)
             case "of_data":
-                of_data = self.data_returns.get(dataset_of(_target(evaluation), evaluation.task).id)
-                return None if of_data is None else self._mean(evaluation, 0) / constant(of_data)
+                return self._mean(evaluation, 0) / constant(self.data_returns[_data(evaluation)])
 
     def _mean(self, evaluation: Evaluate, column: int) -> Sample:
         stratum = f"{evaluation.task} {evaluation.seed} {_target(evaluation).id}"
@@ -170,6 +182,11 @@ def baseline(evaluation: Evaluate) -> Evaluate:
 
 def _target(evaluation: Evaluate) -> Trained:
     return origin(evaluation.policy, evaluation.task)
+
+
+def _data(evaluation: Evaluate) -> str:
+    """Id of the dataset that the evaluated policy learnt its task from."""
+    return dataset_of(_target(evaluation), evaluation.task).id
 
 
 def shown_labels(experiment: Experiment) -> tuple[str, ...]:

@@ -329,7 +329,8 @@ def report(
 
     setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names or ["all"])
     store = Store(results)
-    folder = output or store.root / "-".join(["report", *(names or [])])
+    named = [] if chosen == experiments_of(["all"]) else [experiment.name for experiment in chosen]
+    folder = output or store.root / "-".join(["report", *named])
     path = write_report(chosen, setting, store, folder, repeat_options(profile, data, seeds, results, init, text))
     if output is None:
         store.place.push(folder)

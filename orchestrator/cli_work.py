@@ -98,7 +98,8 @@ def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
         "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
     }
     known["fisher"] = known["train"]  # a step's gradients, without the step
-    busy = dict.fromkeys(sizes, cores) | {"train": min(cores, max(1, len(planned.trainings)))}
+    at_once = {"train": len(planned.trainings), "fisher": len(planned.fishers)}
+    busy = dict.fromkeys(sizes, cores) | {kind: min(cores, max(1, count)) for kind, count in at_once.items()}
     return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
@@ -148,12 +149,10 @@ def compute(
         tables = store.open_tables()
         with store.lock():
             declare_paper(tables)
+            state_datasets(tables, store, datasets_of(_artefacts(list(recipes.values()))))  # what came by other ways
             for name, some in points.items():
                 declare_experiment(tables, name, setting.name, some)
     compute_recipes(list(recipes.values()), store, address, workers)
-    if declare:
-        with store.lock():
-            state_datasets(tables, store, datasets_of(_artefacts(list(recipes.values()))))
 
 
 def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
@@ -198,7 +197,9 @@ def _table(each: Answer) -> RichTable:
             table.add_column(column)
         for claim in experiment.claims:
             judged = each.judge(claim)
-            observed, said = (number(judged[0], claim.value), judged[1]) if judged else ("–", "cannot be computed")
+            observed, said = (
+                (number(judged.sample, claim.value), judged.verdict) if judged else ("–", "cannot be computed")
+            )
             table.add_row(claim.statement, observed, said)
         table.caption = f"{len(each.cells)} numbers: see `mergedt report`"
         return table
@@ -218,7 +219,7 @@ def _table(each: Answer) -> RichTable:
         )
     table.caption = "mean [95 % bootstrap interval]"
     if each.missing:
-        table.caption = f"{len(each.missing)} evaluations are missing"
+        table.caption += f"; {len(each.missing)} evaluations are missing"
     return table
 
 

@@ -55,7 +55,7 @@ def state_datasets(tables: Tables, store: Store, datasets: Iterable[Dataset]) ->
 
 
 def at_hand(dataset: Dataset, store: Store) -> Trajectories | None:
-    """A dataset that need neither be recorded nor be what it no longer is."""
+    """The dataset; None when it is not recorded yet, cannot be read, or has changed."""
     from orchestrator.making import load_dataset
 
     if isinstance(dataset, Recording) and not is_recorded(dataset, store):

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from dt.errors import UserError
 from dt.files import explained
+from orchestrator.declarations import state_datasets
 from orchestrator.place import Folder
-from orchestrator.plan import Plan, make_plan, parts_of
+from orchestrator.plan import Plan, datasets_of, make_plan, parts_of
 from orchestrator.progress import phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
 from orchestrator.session import Session, check_visible, connect, in_job
@@ -82,6 +83,7 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
             check_visible(store.place)
         if plan.recordings:
             _record(plan.recordings, store, tables, console)
+            state_datasets(tables, store, datasets_of(plan.artefacts))
         # By the whole plan: a thread more or less in a later part would change its sums.
         slots = slots_for(len(plan.trainings), settings, session)
         failures: list[Failure] = []

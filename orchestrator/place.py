@@ -359,8 +359,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _machine() -> str:
-    """Of all processes that find each other under `/proc`: the names of machines and containers repeat. Empty where
-    there is no such thing."""
+    """The kernel and its process ids that this process lives under, for names of machines and containers repeat; empty
+    where that is not told."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     with suppress(OSError):
         return f"{boot.read_text().strip()} {namespace.readlink()}"

@@ -118,7 +118,7 @@ def _summary(found: Sequence[Answer]) -> str:
 
 
 def _tally(each: Answer) -> str:
-    judged = [found[1] for claim in each.experiment.claims if (found := each.judge(claim))]
+    judged = [found.verdict for claim in each.experiment.claims if (found := each.judge(claim))]
     parts = [f"{judged.count(v)} {v}" for v in ("agrees", "disagrees", "inconclusive") if v in judged]
     return ", ".join(parts) or "–"
 
@@ -206,13 +206,15 @@ def _wide_table(each: Answer, show: Table) -> str:
 
 
 def _agreement(each: Answer) -> str:
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str, str, str]] = []
     reasons: dict[str, list[str]] = {}
     for claim in each.experiment.claims:
         found = each.judge(claim)
-        observed, said = (number(found[0], claim.value), f"**{found[1]}**") if found else ("–", "cannot be computed")
-        rows.append((claim.statement, expected(claim), observed, said))
-        if found and found[1] == "disagrees" and claim.likely:
+        said = ("–", "–", "cannot be computed")
+        if found:
+            said = (number(found.sample, claim.value), str(found.seeds), f"**{found.verdict}**")
+        rows.append((claim.statement, expected(claim), *said))
+        if found and found.verdict == "disagrees" and claim.likely:
             reasons.setdefault(claim.likely, []).append(claim.statement)
     title = "Agreement with the paper" if each.experiment.paper else "Expected"
     order = ordering(each)
@@ -223,7 +225,7 @@ def _agreement(each: Answer) -> str:
     )
     why = "".join(f"\n* {'; '.join(statements)}: {reason}" for reason, statements in reasons.items())
     why = f"\n\nWhere ours disagree, the likely reason:\n{why}" if why else ""
-    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "verdict"), rows) + why + tau
+    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "seeds", "verdict"), rows) + why + tau
 
 
 def expected(claim: Claim) -> str:

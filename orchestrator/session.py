@@ -63,9 +63,8 @@ def connect(address: str | None = None, *, cpus: int | None = None) -> Iterator[
     cpus: of an embedded Ray, all of the machine's when None. Raises UserError when the cluster cannot be reached.
     """
     where = address_of(address)
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        authenticate(new_cluster=where == "local")
+        prepare(new_cluster=where == "local")
     import ray
 
     from orchestrator.messages import explain
@@ -94,22 +93,16 @@ def _embedded(cpus: int | None) -> Iterator[Session]:
     import ray
 
     with own_folder() as folder, witnessed(folder) as farewell:
-
-        def leave() -> None:
-            farewell()
-            end_processes(folder)
-
         try:
-            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, leave):
+            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
                 with _tamed():
                     _start(folder, cpus)
                 with terminable():
                     _silence(folder)
-                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, leave):
+                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
                         yield _session(embedded=True)
         finally:
             ray.shutdown()
-            end_processes(folder)
 
 
 @contextmanager
@@ -117,24 +110,25 @@ def _connected(where: str) -> Iterator[Session]:
     """The Ray that runs there."""
     import ray
 
-    try:
-        with _tamed():
-            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(
-            f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
-            "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
-        ) from error
-    try:
-        with terminable(), witnessed() as farewell:
-            head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
-            with (
-                lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, farewell),
-                lifeline(NODE, node, HEAD_PATIENCE_SECONDS, farewell),
-            ):
-                yield _session(embedded=False)
-    finally:
-        ray.shutdown()
+    with witnessed() as farewell:
+        try:
+            with _tamed():
+                ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            raise UserError(
+                f"cannot reach the Ray cluster at {where}: check that it runs and that this machine has its token "
+                "(~/.ray/auth_token or RAY_AUTH_TOKEN; for a cluster without one, RAY_AUTH_MODE=disabled)"
+            ) from error
+        try:
+            with terminable():
+                head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
+                with (
+                    lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, farewell),
+                    lifeline(NODE, node, HEAD_PATIENCE_SECONDS, farewell),
+                ):
+                    yield _session(embedded=False)
+        finally:
+            ray.shutdown()
 
 
 def _start(folder: Path, cpus: int | None) -> None:
@@ -326,8 +320,12 @@ def _addable_nodes() -> list[tuple[Mapping[str, float], int]]:
         return []
 
 
-def authenticate(*, new_cluster: bool) -> None:
-    """Token authentication, said explicitly: what Ray does by default depends on what ran on this machine before."""
+def prepare(*, new_cluster: bool) -> None:
+    """Set what Ray reads before it starts or connects.
+
+    Token authentication is said explicitly: what Ray does by default depends on what ran on this machine before.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token":
         return
     if new_cluster and not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: a trial is a line of a sweep, or several, and its jobs stream through the shared rollout pool."""
+"""Sweeps on Ray Tune: a trial is a stretch of a sweep's lines, and its jobs stream through the shared rollout pool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
 
 Line = tuple[Evaluate, ...]
-TRIALS = 256  # or up to twice as many (see `bundles_of`): one costs Tune some kilobytes and a tenth of a second
+TRIALS = 256  # at most: one costs Tune some kilobytes and a tenth of a second
 IN_FLIGHT = 8  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
 
 
@@ -41,19 +41,23 @@ def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
     return (*settings, policy.id)
 
 
-def bundles_of(lines: Sequence[Line], count: int = TRIALS) -> list[Line]:
-    """Neighbouring lines joined until there are `count` bundles, or at most twice as many: no line is cut.
+def bundles_of(lines: Iterable[Line], count: int = TRIALS) -> list[tuple[Evaluate, ...]]:
+    """The evaluations of the lines, in order, in so many bundles of one size.
 
-    A small sweep has fewer: any two neighbours are more than a trial hands over at a time.
+    In fewer, where a bundle would have fewer jobs than a trial hands over at a time.
     """
-    size = max(IN_FLIGHT, sum(map(len, lines)) / count)
-    bundles: list[Line] = []
-    for line in lines:
-        if bundles and len(bundles[-1]) + len(line) <= size:
-            bundles[-1] += line
-        else:
-            bundles.append(line)
-    return bundles
+    asked = [evaluation for line in lines for evaluation in line]
+    size = max(IN_FLIGHT, ceil(len(asked) / count))
+    return [tuple(asked[start : start + size]) for start in range(0, len(asked), size)]
+
+
+def concurrent_trials(bundles: int, workers: int) -> int:
+    """How many of so many bundles are a trial at once.
+
+    Each is a process: just enough to hand over twice as many jobs as there are workers, and one more while another
+    begins its next bundle.
+    """
+    return min(bundles, 1 + ceil(2 * workers / IN_FLIGHT))
 
 
 def sweep(
@@ -75,9 +79,6 @@ def sweep(
     pool = RolloutPool.remote(weights, worker)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
     bundles = bundles_of(lines_of(evaluations))
-    # Each is a process, so just enough that every worker has a job (of two neighbours, however short, `IN_FLIGHT` are
-    # handed over together), and one more while another begins its next bundle.
-    concurrent = min(len(bundles), 1 + ceil(2 * workers / IN_FLIGHT))
     failures: list[Failure] = []
 
     def commit(report: dict[str, Any]) -> None:
@@ -95,13 +96,13 @@ def sweep(
             "bundle",
             list(range(len(bundles))),
             commit,
-            concurrent=concurrent,
+            concurrent=concurrent_trials(len(bundles), workers),
             reuse=True,
         )
     finally:
         del recruited  # kept until here: a dropped reference may cancel the call
         ray.kill(pool)  # and its workers with it
-    return [*failures, *(Failure("", "a line of the sweep", explain(error)) for error in died)]
+    return [*failures, *(Failure("", "a part of the sweep", explain(error)) for error in died)]
 
 
 def _arrays(part: Artefact, store: Store) -> Weights:
@@ -113,7 +114,7 @@ def _arrays(part: Artefact, store: Store) -> Weights:
 
 def run_bundle(config: dict[str, Any], pool: Any, bundles: list[bytes]) -> None:
     """The trial: its jobs into the pool, a few at a time, each reported as soon as it is done."""
-    bundle: Line = pickle.loads(bundles[config["bundle"]])
+    bundle: tuple[Evaluate, ...] = pickle.loads(bundles[config["bundle"]])
     jobs = iter(jobs_of(bundle))
     waiting = [pool.evaluate.remote(job) for job in islice(jobs, IN_FLIGHT)]
     while waiting:

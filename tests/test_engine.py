@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ from orchestrator.rollouts import Job, RolloutPool, jobs_of
 from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
-from orchestrator.sweeps import IN_FLIGHT, bundles_of, lines_of
+from orchestrator.sweeps import IN_FLIGHT, bundles_of, concurrent_trials, lines_of
 from orchestrator.tables import Tables
 from orchestrator.training import LOG_EVERY, MAX_ATTEMPTS, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
 
@@ -198,18 +197,21 @@ def test_lines_are_whole_alpha_grids_in_the_order_asked():
     assert [one for job in jobs_of(lines[2]) for one in job] == list(lines[2])
 
 
-def test_many_lines_share_a_trial_and_none_is_cut():
+def test_bundles_are_of_one_size_and_few() -> None:
     lines = [
         tuple(evaluation(merged("attention", step / 100), episodes=own + 1) for step in range(4)) for own in range(50)
     ]
-    for count in (1, 7, 50, 256):
+    everything = [one for line in lines for one in line]
+    for count, size in ((1, 200), (7, 29), (20, 10), (256, IN_FLIGHT)):
         bundles = bundles_of(lines, count)
-        assert [one for bundle in bundles for one in bundle] == [one for line in lines for one in line]
-        assert len(bundles) <= 2 * count
-        assert all(len(bundle) % 4 == 0 for bundle in bundles)
-        assert all(len(one) + len(other) > IN_FLIGHT for one, other in pairwise(bundles))
-    assert len(bundles_of(lines)) == 25
-    assert len(bundles_of(lines, 1)) == 1
+        assert [one for bundle in bundles for one in bundle] == everything
+        assert {len(bundle) for bundle in bundles[:-1]} <= {size}
+        assert len(bundles[-1]) <= size
+    for workers in (1, 2, 5, 16, 100):
+        for asked in (1, 7, 9, 101, 200):
+            bundles = bundles_of([everything[:asked]])
+            begun = bundles[: concurrent_trials(len(bundles), workers)]
+            assert sum(min(len(bundle), IN_FLIGHT) for bundle in begun) >= min(2 * workers, asked)
 
 
 def lane(root: Path, *recipes: Train) -> dict[str, object]:
@@ -366,7 +368,7 @@ def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
 
 def test_the_token_is_made_for_its_owner_alone(tmp_path):
     """Ray's own would be readable for everyone on the machine. In another process: a Ray may be running in this one."""
-    code = "import os, orchestrator.session as s; s.authenticate(new_cluster=True); print(dict(os.environ))"
+    code = "import os, orchestrator.session as s; s.prepare(new_cluster=True); print(dict(os.environ))"
 
     def authenticated(home: object) -> dict[str, str]:
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}

@@ -63,6 +63,7 @@ def test_experiments_use_only_declarations() -> None:
         (["orchestrator.cli"], {"ray", "torch", "matplotlib", "gymnasium", "minari", "pyarrow"}),
         (["experiments.figure_3", "experiments.table_1"], {"ray", "torch", "numpy", "pyarrow"}),
         (["orchestrator.rollouts", "orchestrator.training"], {"pandas", "matplotlib", "duckdb", "minari"}),
+        (["benchmarks.instant"], {"torch", "pandas"}),
         (["dt.merging.merge", "dt.training.loop", "dt.rollout.evaluate", "dt.data.sources"], {"ray", "orchestrator"}),
     ],
 )
