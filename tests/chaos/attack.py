@@ -152,14 +152,13 @@ class Run:
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         if fatal in POLITE and Tables(self.results / "tables").done("episodes") >= {each.id for each in everything()}:
             fitting += (-POLITE[fatal],)  # it had done its work, and Python was leaving
-        if fatal in NODES and "Traceback" not in self._log.read_text()[self._silence :]:
-            fitting += (1,)  # while it connects, or at a look into its store, Ray's C++ ends the process without a word
+        if fatal in NODES and "Traceback" not in self._said():
+            fitting += (1,)  # while it connects, or at a look into its store, Ray's C++ ends the process
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
-        if status in (FAILED, 1):
-            deadline = time.monotonic() + GRACE
-            while not self._log.read_text().splitlines()[-1].startswith("mergedt: "):
-                assert time.monotonic() < deadline, self._said()
-                time.sleep(0.1)
+        deadline = time.monotonic() + GRACE
+        while status in (FAILED, 1) and not self._said().splitlines()[-1].startswith("mergedt: "):
+            assert time.monotonic() < deadline, f"leaves without a sentence; {self._said()}"
+            time.sleep(0.1)
         return status
 
     def check_gone(self) -> None:
@@ -208,7 +207,8 @@ class Run:
         return process == self._process.pid
 
     def _said(self) -> str:
-        return f"its last words: {self._log.read_text()[-3000:]}"
+        """All that this run has printed."""
+        return "it said:\n" + self._log.read_bytes()[self._silence :].decode()
 
 
 def _stat(process: int) -> list[str]:
