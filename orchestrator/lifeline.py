@@ -5,59 +5,48 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dt.errors import EXIT_STATUS
-from orchestrator.witness import tell
+from orchestrator.witness import Witness, answers, tell
 
 _PERIOD_SECONDS = 1.0
-_ANSWER_SECONDS = 5.0
 
 
 @contextmanager
-def lifeline(
-    what: str, address: Callable[[], str | None], patience: float, farewell: Callable[[], None]
-) -> Iterator[None]:
+def lifeline(what: str, address: Callable[[], str | None], patience: float, witness: Witness) -> Iterator[None]:
     """Leave the process with a sentence once nobody has answered there for that many seconds.
 
     what: the head of a cluster, say, without which calls to Ray neither return nor raise, so that there is no one to
     tell by an exception; and nothing is lost, for what was computed is committed at once. address: host:port, None as
-    long as there is none to be missed. farewell: called before leaving, to end what is left of it.
+    long as there is none to be missed. witness: ends what is left of it; and this process, where a call into C++ holds
+    Python's lock for ever, so that nobody here can leave.
     """
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(what, address, patience, farewell, over), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(what, address, patience, witness, over), daemon=True)
     watcher.start()
     try:
         yield
     finally:
         over.set()
         watcher.join()
-
-
-def answers(address: str) -> bool:
-    """Whether someone takes a connection there; a process too busy to serve it still does."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except (OSError, ValueError):
-        return False
-    return True
+        witness.say(what)
 
 
 def _watch(
-    what: str, address: Callable[[], str | None], patience: float, farewell: Callable[[], None], over: threading.Event
+    what: str, address: Callable[[], str | None], patience: float, witness: Witness, over: threading.Event
 ) -> None:
     heard = time.monotonic()
     while not over.wait(_PERIOD_SECONDS):
-        if (where := address()) is None or answers(where):
+        witness.say(what, where := address() or "")
+        if not where or answers(where):
             heard = time.monotonic()
         elif time.monotonic() - heard > patience:
             tell(f"{what} at {where} is gone (of memory? with its machine?)")
-            farewell()
+            witness.farewell()
             os._exit(EXIT_STATUS)
 
 

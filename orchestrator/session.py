@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from dt.errors import UserError
-from orchestrator.lifeline import answers, lifeline, terminable
+from orchestrator.lifeline import lifeline, terminable
 from orchestrator.place import Place, place_of
-from orchestrator.witness import end_processes, processes, witnessed
+from orchestrator.witness import answers, end_processes, processes, witnessed
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output engine prints boxes even when silenced
@@ -92,14 +92,14 @@ def _embedded(cpus: int | None) -> Iterator[Session]:
     """A Ray of our own, which ends with the block."""
     import ray
 
-    with own_folder() as folder, witnessed(folder) as farewell:
+    with own_folder() as folder, witnessed(folder) as witness:
         try:
-            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, farewell):
+            with lifeline(HEAD, partial(_embedded_head, folder), EMBEDDED_PATIENCE_SECONDS, witness):
                 with _tamed():
                     _start(folder, cpus)
                 with terminable():
                     _silence(folder)
-                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, farewell):
+                    with lifeline(NODE, _now(_node()), EMBEDDED_PATIENCE_SECONDS, witness):
                         yield _session(embedded=True)
         finally:
             ray.shutdown()
@@ -110,7 +110,7 @@ def _connected(where: str) -> Iterator[Session]:
     """The Ray that runs there."""
     import ray
 
-    with witnessed() as farewell:
+    with witnessed() as witness:
         try:
             with _tamed():
                 ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
@@ -123,8 +123,8 @@ def _connected(where: str) -> Iterator[Session]:
             with terminable():
                 head, node = _now(str(ray.get_runtime_context().gcs_address)), _now(_node())
                 with (
-                    lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, farewell),
-                    lifeline(NODE, node, HEAD_PATIENCE_SECONDS, farewell),
+                    lifeline(HEAD, head, HEAD_PATIENCE_SECONDS, witness),
+                    lifeline(NODE, node, HEAD_PATIENCE_SECONDS, witness),
                 ):
                     yield _session(embedded=False)
         finally:

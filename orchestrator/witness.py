@@ -1,5 +1,4 @@
-"""Someone to tidy up after a run, and to speak for one that ends without a word: killed, or by Ray's C++, which exits
-where its node is gone.
+"""Someone to tidy up after a run, and to speak for one that cannot: killed, ended by Ray's C++, or stuck in it.
 
 Run as a program, which imports nothing of ours, it waits beside a run for its end.
 """
@@ -7,43 +6,61 @@ Run as a program, which imports nothing of ours, it waits beside a run for its e
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-_FAREWELL = "farewell"
+SILENCE_SECONDS = 30.0  # of a run that says every second that it lives: it may be suspended, or stuck in C++
+_ANSWER_SECONDS = 5.0
+_FOLDER, _FAREWELL = "folder", "farewell"  # all other subjects are what has to answer
 _SHOW_CURSOR = "\x1b[?25h\n"  # below a progress bar, which had hidden it
 
 
-@contextmanager
-def witnessed(folder: Path | None = None) -> Iterator[Callable[[], None]]:
-    """A process beside this one that ends what is left of its Ray after the block, and tells the user should this one
-    end within it.
+@dataclass(frozen=True)
+class Witness:
+    """Our end of the line to the process beside this one. What is said of a subject replaces what was said before."""
 
-    folder: of that Ray, if it is our own. Yields the farewell, for who leaves the process from within.
-    """
-    command = [sys.executable, "-I", __file__]  # without the folder, by which that Ray's processes are found
-    witness = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # out of the reach of Ctrl-C
-    assert witness.stdin is not None
-    pipe = witness.stdin
+    pipe: IO[bytes]
 
-    def farewell() -> None:
-        with suppress(OSError, ValueError):  # the witness was killed; it has been said
-            pipe.write(_FAREWELL.encode())
-            pipe.close()
-
-    try:
+    def say(self, subject: str, value: str = "") -> None:
+        """An address that this process cannot live without, by what answers there; none, by an empty one."""
         with suppress(OSError):  # the witness was killed
-            pipe.write(f"{folder or ''}\n".encode())
-            pipe.flush()
-        yield farewell
+            self.pipe.write(f"{subject}\t{value}\n".encode())
+            self.pipe.flush()
+
+    def farewell(self) -> None:
+        """This process ends, and has said why."""
+        self.say(_FAREWELL)
+
+
+@contextmanager
+def witnessed(folder: Path | None = None, silence: float = SILENCE_SECONDS) -> Iterator[Witness]:
+    """A process beside this one that ends what is left of its Ray after the block, and tells the user should this one
+    end within it, or get stuck for want of an answer.
+
+    folder: of that Ray, if it is our own. silence: seconds without a word after which what should answer is asked.
+    """
+    command = [sys.executable, "-I", __file__, str(silence)]  # without the folder, by which Ray's processes are found
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # out of the reach of Ctrl-C
+    assert process.stdin is not None
+    witness = Witness(process.stdin)
+    try:
+        if folder:
+            witness.say(_FOLDER, str(folder))
+        yield witness
     finally:
-        farewell()
-        witness.wait()
+        witness.farewell()
+        with suppress(OSError):
+            process.stdin.close()
+        process.wait()
 
 
 def tell(message: str) -> None:
@@ -51,6 +68,16 @@ def tell(message: str) -> None:
     with suppress(OSError, AttributeError):
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
         print(f"{cursor}mergedt: {message}: run the same command again to go on", file=sys.stderr, flush=True)
+
+
+def answers(address: str) -> bool:
+    """Whether someone takes a connection there; a process too busy to serve it still does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def processes(mark: str) -> list[tuple[int, bytes]]:
@@ -83,15 +110,30 @@ def _parents() -> dict[int, int]:
     return found
 
 
+def _listen(silence: float, run: int) -> dict[str, str]:
+    """What was said last of each subject, once the run has ended; which is made to, if it is stuck."""
+    said, rest = dict[str, str](), b""
+    while True:
+        if select.select([sys.stdin], [], [], silence)[0]:
+            if not (more := os.read(sys.stdin.fileno(), 65536)):
+                return said
+            *lines, rest = (rest + more).split(b"\n")
+            said |= dict(line.decode().split("\t") for line in lines)
+        elif any(where and not answers(where) for what, where in said.items() if what not in (_FOLDER, _FAREWELL)):
+            with suppress(OSError):
+                os.kill(run, signal.SIGKILL)
+
+
 def _main() -> None:
+    run = os.getppid()
     for meant_for_the_run in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(meant_for_the_run, signal.SIG_IGN)
-    folder, _, farewell = sys.stdin.read().partition("\n")
-    if folder:
+    said = _listen(float(sys.argv[1]), run)
+    if folder := said.get(_FOLDER):
         end_processes(Path(folder))
         shutil.rmtree(folder, ignore_errors=True)
-    if not farewell:
-        tell("the run ended without a word (killed? of memory? by Ray, when its node was gone?)")
+    if _FAREWELL not in said:
+        tell("the run ended without a word (killed? of memory? by Ray, or stuck in it, when its node was gone?)")
 
 
 if __name__ == "__main__":

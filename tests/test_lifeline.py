@@ -17,18 +17,20 @@ from orchestrator.witness import processes
 ROOT = Path(__file__).parents[1]
 ALONE = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 CODE = """
-import sys, time
+import ctypes, sys, time
 from orchestrator.lifeline import lifeline
-with lifeline('the head', lambda: sys.argv[1] or None, 1.5, lambda: print("farewell", flush=True)):
+from orchestrator.witness import witnessed
+with witnessed(silence=3.0) as witness, lifeline('the head', lambda: sys.argv[1] or None, 1.5, witness):
+    time.sleep(1.5)  # the first word
     print("watched", flush=True)
-    time.sleep(float(sys.argv[2]))
+    (time if sys.argv[3] == "free" else ctypes.PyDLL(None)).sleep(int(sys.argv[2]))
 print("through")
 """
 
 
-def watching(address: str, seconds: float) -> subprocess.Popen[str]:
+def watching(address: str, seconds: int, python: str = "free") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, address, str(seconds)],
+        [sys.executable, "-c", CODE, address, str(seconds), python],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -44,10 +46,27 @@ def test_a_head_that_is_gone_ends_the_run_with_a_sentence() -> None:
         assert process.stdout.readline() == "watched\n"
     said, told = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert said == "farewell\n"
+    assert said == ""
     assert told == (
         f"mergedt: the head at {address} is gone (of memory? with its machine?): run the same command again to go on\n"
     )
+
+
+def test_a_run_that_is_stuck_in_c_when_its_head_is_gone_is_ended_by_its_witness() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        process = watching(f"127.0.0.1:{head.getsockname()[1]}", 600, python="locked")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watched\n"
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert told.startswith("mergedt: the run ended without a word (killed? of memory? by Ray, or stuck in it")
+
+
+def test_a_run_that_says_nothing_for_a_while_but_has_its_head_goes_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        process = watching(f"127.0.0.1:{head.getsockname()[1]}", 8, python="locked")
+        said, told = process.communicate(timeout=60)
+    assert (process.returncode, said, told) == (0, "watched\nthrough\n", "")
 
 
 def test_a_head_that_answers_or_is_not_there_yet_ends_nothing() -> None:

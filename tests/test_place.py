@@ -24,7 +24,6 @@ from dt.errors import UserError
 from orchestrator import place as places
 from orchestrator.cli import app
 from orchestrator.engine import Settings, run
-from orchestrator.lifeline import answers
 from orchestrator.making import begin
 from orchestrator.place import VARIABLE, Folder, Mirror, Place, place_of
 from orchestrator.recipes import Evaluate
@@ -32,6 +31,7 @@ from orchestrator.session import check_visible
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 from orchestrator.training import Lane, _Attempts, commit_outcome, train_lane
+from orchestrator.witness import answers
 
 CREATING = "&allow_bucket_creation=true"
 SERVER = """

@@ -152,11 +152,18 @@ class Run:
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         if fatal in POLITE and Tables(self.results / "tables").done("episodes") >= {each.id for each in everything()}:
             fitting += (-POLITE[fatal],)  # it had done its work, and Python was leaving
-        if fatal in NODES and "Traceback" not in self._said():
-            fitting += (1,)  # while it connects, or at a look into its store, Ray's C++ ends the process
+        if fatal in (*NODES, "head") and "Traceback" not in self._said():
+            fitting += (
+                1,
+                -signal.SIGKILL,
+            )  # Ray's C++ ended it, at a look into its node's store, or held it: the witness
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
         deadline = time.monotonic() + GRACE
-        while status in (FAILED, 1) and not self._said().splitlines()[-1].startswith("mergedt: "):
+        while (
+            status != 0
+            and fatal not in (None, "driver", *POLITE)
+            and not self._said().splitlines()[-1].startswith("mergedt: ")
+        ):
             assert time.monotonic() < deadline, f"leaves without a sentence; {self._said()}"
             time.sleep(0.1)
         return status
