@@ -152,18 +152,13 @@ class Run:
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
         if fatal in POLITE and Tables(self.results / "tables").done("episodes") >= {each.id for each in everything()}:
             fitting += (-POLITE[fatal],)  # it had done its work, and Python was leaving
+        by_ray = (1, -signal.SIGKILL)  # its C++ left, at a look into its node's store; or stayed, and the witness acted
         if fatal in (*NODES, "head") and "Traceback" not in self._said():
-            fitting += (
-                1,
-                -signal.SIGKILL,
-            )  # Ray's C++ ended it, at a look into its node's store, or held it: the witness
+            fitting += by_ray
         assert status in fitting, f"status {status} after {struck}; {self._said()}"
+        has_to_say_why = status == FAILED or (status in by_ray and fatal != "driver")
         deadline = time.monotonic() + GRACE
-        while (
-            status != 0
-            and fatal not in (None, "driver", *POLITE)
-            and not self._said().splitlines()[-1].startswith("mergedt: ")
-        ):
+        while has_to_say_why and not self._said().splitlines()[-1].startswith("mergedt: "):
             assert time.monotonic() < deadline, f"leaves without a sentence; {self._said()}"
             time.sleep(0.1)
         return status
