@@ -10,8 +10,7 @@ import numpy as np
 import ray
 
 from orchestrator.recipes import Evaluate
-from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent
-from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
+from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent, rows_of
 
 # Of the forms that `dt.rollout.evaluate` and `dt.model.size` give them, which need PyTorch.
 SIZE: Any = SimpleNamespace(shared=1, specific=0, heads=1, mask_bits=0, transformer=1.0)
@@ -34,9 +33,4 @@ def _rows(evaluation: Evaluate) -> Rows:
     zeros = np.zeros(evaluation.episodes)
     count = zeros.astype(np.int64)
     episodes: Any = SimpleNamespace(seeds=count, returns=zeros, lengths=count, terminated=zeros > 0)
-    return Rows(
-        evaluation.id,
-        episode_rows(evaluation, episodes),
-        policy_row(evaluation.policy, SIZE),
-        run_rows(run_row(evaluation, datetime.now(UTC), 0.0, threads=1, precision=evaluation.precision)),
-    )
+    return rows_of(evaluation, episodes, SIZE, datetime.now(UTC), seconds=0.0, threads=1)

@@ -59,23 +59,17 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     seconds = estimate(planned, tables)
     table = RichTable("", "to compute", "of", "already there", "about")
 
-    lines = (
-        (
-            "recordings",
-            "recording",
-            planned.recordings,
-            planned.recorded_episodes,
-            "episodes",
-            planned.stored_recordings,
-        ),
-        ("trainings", "train", planned.trainings, planned.gradient_steps, "steps", planned.stored_artefacts),
-        ("estimates", "fisher", planned.fishers, sum(each.batches for each in planned.fishers), "batches", None),
-        ("evaluations", "evaluate", planned.evaluations, planned.episodes, "episodes", planned.stored_evaluations),
-    )
-    for name, kind, recipes, size, unit, stored in lines:
-        if recipes or stored is not None:
-            there = "" if stored is None else f"{stored:,}"  # a training's artefact or an estimate's: counted together
-            table.add_row(name, f"{len(recipes):,}", f"{size:,} {unit}", there, _minutes(seconds[kind]))
+    def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: str) -> None:
+        table.add_row(name, f"{len(recipes):,}", size, stored, _minutes(seconds[kind]))
+
+    recorded, stored = f"{planned.recorded_episodes:,} episodes", f"{planned.stored_recordings:,}"
+    line("recordings", "recording", planned.recordings, recorded, stored)
+    steps, stored = f"{planned.gradient_steps:,} steps", f"{planned.stored_artefacts:,}"  # estimates among them
+    line("trainings", "train", planned.trainings, steps, stored)
+    if planned.fishers:
+        line("estimates", "fisher", planned.fishers, f"{sum(each.batches for each in planned.fishers):,} batches", "")
+    rolled_out, stored = f"{planned.episodes:,} episodes", f"{planned.stored_evaluations:,}"
+    line("evaluations", "evaluate", planned.evaluations, rolled_out, stored)
     cores = os.cpu_count() or 1
     known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
     table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
@@ -103,12 +97,14 @@ def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
     return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
-def _work(job: Job | Fisher) -> int:
-    if isinstance(job, Fisher):
-        context = job.policy.architecture.context
-        return job.batches * job.batch_size * 3 * context * block_parameters(job.policy.architecture)
-    tokens = job.block if isinstance(job, Pretrain) else 3 * job.architecture.context
-    return job.optimisation.steps * job.optimisation.batch_size * tokens * block_parameters(job.architecture)
+def _work(recipe: Job | Fisher) -> int:
+    """Tokens whose gradients it takes, times parameters."""
+    if isinstance(recipe, Fisher):
+        shape, windows = recipe.policy.architecture, recipe.batches * recipe.batch_size
+    else:
+        shape, windows = recipe.architecture, recipe.optimisation.steps * recipe.optimisation.batch_size
+    tokens = recipe.block if isinstance(recipe, Pretrain) else 3 * shape.context
+    return windows * tokens * block_parameters(shape)
 
 
 _UNIT_COSTS = f"""

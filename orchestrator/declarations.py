@@ -37,8 +37,9 @@ def declare_experiment(tables: Tables, experiment: str, profile: str, points: Se
 
 def state_datasets(tables: Tables, store: Store, datasets: Iterable[Dataset]) -> None:
     """State what those datasets hold that are at hand, in the table `datasets`."""
+    stated = tables.done("datasets")
     for dataset in {dataset.id: dataset for dataset in datasets}.values():
-        if dataset.id not in tables.done("datasets") and (data := at_hand(dataset, store)):
+        if dataset.id not in stated and (data := _at_hand(dataset, store)):
             row = {
                 "dataset": dataset.id,
                 "task": dataset.task,
@@ -54,7 +55,7 @@ def state_datasets(tables: Tables, store: Store, datasets: Iterable[Dataset]) ->
             tables.append("datasets", dataset.id, pa.Table.from_pylist([row], SCHEMAS["datasets"]))
 
 
-def at_hand(dataset: Dataset, store: Store) -> Trajectories | None:
+def _at_hand(dataset: Dataset, store: Store) -> Trajectories | None:
     """The dataset; None when it is not recorded yet, cannot be read, or has changed."""
     from orchestrator.making import load_dataset
 

@@ -26,6 +26,8 @@ from orchestrator.rows import episode_rows, policy_row, run_row, run_rows
 if TYPE_CHECKING:
     from dt.merging.merge import Fisher as FisherEstimate
     from dt.model.policy import Policy
+    from dt.model.size import Size
+    from dt.rollout.evaluate import Episodes
     from orchestrator.making import Made
 
 Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
@@ -71,14 +73,21 @@ def evaluate_job(job: Job, made: Made, threads: int) -> list[Rows]:
     )
     seconds = (time.perf_counter() - clock) / len(job)
     return [
-        Rows(
-            evaluation.id,
-            episode_rows(evaluation, result),
-            policy_row(evaluation.policy, size_of(policy)),
-            run_rows(run_row(evaluation, started, seconds, threads=threads, precision=evaluation.precision)),
-        )
+        rows_of(evaluation, result, size_of(policy), started, seconds, threads)
         for evaluation, policy, result in zip(job, policies, results, strict=True)
     ]
+
+
+def rows_of(
+    evaluation: Evaluate, episodes: Episodes, size: Size, started: datetime, seconds: float, threads: int
+) -> Rows:
+    """What one evaluation gave and took."""
+    return Rows(
+        evaluation.id,
+        episode_rows(evaluation, episodes),
+        policy_row(evaluation.policy, size),
+        run_rows(run_row(evaluation, started, seconds, threads=threads, precision=evaluation.precision)),
+    )
 
 
 @ray.remote(num_cpus=WORKER_CPUS, max_restarts=-1, max_task_retries=2)

@@ -101,12 +101,17 @@ def end_processes(folder: Path) -> None:
             os.kill(process, signal.SIGKILL)
 
 
+def stat(process: int) -> list[str]:
+    """State, parent, group, session and more of a process, as Linux tells them after its name."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
 def _parents() -> dict[int, int]:
     """Process → its parent."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            found[int(process.name)] = int(stat(int(process.name))[1])
     return found
 
 

@@ -70,7 +70,7 @@ def world(folder: Path, kept: Callable[[str, Point], float], noise: float = 2.0,
     pq.write_table(pa.concat_tables(rows.values()), store.tables / "episodes.parquet")
     data = {
         dataset.id
-        for point in get_experiment("experts").points(SETTING)
+        for point in get_experiment("experts").points(setting)
         for dataset in point.evaluation.policy.datasets
     }
     held = [dict.fromkeys(SCHEMAS["datasets"].names) | {"dataset": name, "mean_return": 3000.0} for name in data]

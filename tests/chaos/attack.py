@@ -24,6 +24,7 @@ from toy import everything
 from orchestrator.recipes import Evaluate, FineTune, Fisher, Recording, Train, closure
 from orchestrator.store import Store
 from orchestrator.tables import Tables
+from orchestrator.witness import stat
 
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
@@ -175,7 +176,7 @@ class Run:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it ended meanwhile
-                state, _, _, session = _stat(int(folder.name))[:4]
+                state, _, _, session = stat(int(folder.name))[:4]
                 if int(session) == self._process.pid and state != "Z":
                     found.append((folder / "cmdline").read_text().rstrip("\0").replace("\0", " "))
         return found
@@ -198,24 +199,19 @@ class Run:
             with suppress(OSError):  # it ended meanwhile
                 command, process = (folder / "cmdline").read_bytes(), int(folder.name)
                 if _COMMANDS[kind] in command and self._descends(process):
-                    parent = Path("/proc", _stat(process)[1], "cmdline")
+                    parent = Path("/proc", stat(process)[1], "cmdline")
                     if parent.read_bytes() != command:  # else it is about to become another program
                         return process
         return None
 
     def _descends(self, process: int) -> bool:
         while process > 1 and process != self._process.pid:
-            process = int(_stat(process)[1])
+            process = int(stat(process)[1])
         return process == self._process.pid
 
     def _said(self) -> str:
         """All that this run has printed."""
         return "it said:\n" + self._log.read_bytes()[self._silence :].decode()
-
-
-def _stat(process: int) -> list[str]:
-    """State, parent, group, session and more of a process, as Linux tells them after its name."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def program(name: str, *arguments: object, **environment: str) -> dict[str, Any]:
