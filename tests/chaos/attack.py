@@ -144,10 +144,13 @@ class Run:
     def end(self, struck: Sequence[str]) -> int:
         """Wait for the end that befits what was hit, and return the exit status."""
         fatal = ends_with(struck)
-        try:
-            status = self._process.wait(QUICK if fatal in (*POLITE, *NODES, "head") else PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"hangs after {struck}; {self._said()}") from None
+        patience = QUICK if fatal in (*POLITE, *NODES, "head") else PATIENCE
+        heard, length = time.monotonic(), self._log.stat().st_size
+        while (status := self._process.poll()) is None:
+            assert time.monotonic() - heard < patience, f"hangs after {struck}; {self._said()}"
+            if length != (length := self._log.stat().st_size) and fatal not in POLITE:
+                heard = time.monotonic()  # it goes on, with another Ray: the first was hit while it started
+            time.sleep(0.1)
         befitting = {None: (0,), "driver": (0, -signal.SIGKILL)} | dict.fromkeys(POLITE, (0, INTERRUPTED))
         befitting |= dict.fromkeys(("head", "raylet", *COORDINATORS), (0, FAILED))
         fitting = (*befitting[fatal], *[FAILED] * (LOSS in struck))
