@@ -32,9 +32,13 @@ from orchestrator.tables import Tables
 
 TASK = get_task("halfcheetah")  # never ends early, so every round is the same work
 WINDOWS, TOKENS = 64, 60
-PRODUCTS = block_parameters(BASE)  # multiplications a token costs, biases and layer norms being next to nothing
-STEP_FLOP = 6 * PRODUCTS * WINDOWS * TOKENS  # forward and twice as much backward
-ACTION_FLOP = 46e6  # what an action needs at a full context when nothing is computed twice (facts, §5)
+PARAMETERS = block_parameters(BASE)
+# Multiplications that a token costs in a block, over the width squared: to ask, to write what was found, and the MLP's.
+ASK, WRITE, MLP = 1, 1, 8
+# Forward and twice as much backward; of the last block a third of the tokens is read.
+STEP_FLOP = 6 * WINDOWS * TOKENS * (BASE.layers - 1 + 1 / 3) * (ASK + WRITE + MLP) * BASE.width**2
+# At a full context, when nothing is computed twice: the first block's queries are known, the last has one token.
+ACTION_FLOP = 2 * TOKENS * ((BASE.layers - 1) * (ASK + WRITE + MLP) - ASK) * BASE.width**2
 DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -96,7 +100,7 @@ def merging(rounds: int) -> Iterator[Measurement]:
     target.copy_(source)
     a_byte = (time.perf_counter() - began) / (2 * 4 * source.numel())
     # one by one two are read and one written; at once both stay in the cache
-    for name, moved in (("one by one", 3 * 4 * PRODUCTS), ("at once", 4 * PRODUCTS)):
+    for name, moved in (("one by one", 3 * 4 * PARAMETERS), ("at once", 4 * PARAMETERS)):
         each, literal_each = seconds[name] / len(alphas), seconds["literal"] / len(alphas)
         yield Measurement(f"merge of a pair, {name}", "candidate", each, literal_each, moved * a_byte)
 

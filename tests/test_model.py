@@ -15,7 +15,7 @@ from dt.model.architecture import GPT2_SMALL, Architecture
 from dt.model.decision_transformer import DecisionTransformer
 from dt.model.policy import Policy, load_policy, save_policy
 from dt.model.shapes import trunk_shapes
-from dt.model.trunk import Trunk
+from dt.model.trunk import Block, Trunk, attention_bias
 from dt.tasks import get_task
 
 HOPPER = get_task("hopper")
@@ -67,11 +67,33 @@ def test_trunk_equals_hugging_face_gpt2_with_its_state_dict_loaded_unchanged(act
     architecture = Architecture(width=64, layers=3, heads=heads, activation=activation)
     oracle = hugging_face(architecture, activation)
     state = {name: tensor for name, tensor in oracle.state_dict().items() if not name.startswith(("wte", "wpe"))}
-    trunk = Trunk(architecture).eval()
+    trunk = Trunk(architecture)
     trunk.load_state_dict(state)  # strict: names and layout must be the same
     tokens, real = torch.randn(5, 60, 64), windows((1, 1), 5, 20).mask.repeat_interleave(3, dim=1)
-    expected = oracle(inputs_embeds=tokens, attention_mask=real.long()).last_hidden_state
-    torch.testing.assert_close(trunk(tokens, real)[real], expected[real], atol=1e-5, rtol=0)
+    expected = oracle(inputs_embeds=tokens, attention_mask=real.long()).last_hidden_state[real]
+    found = trunk(tokens, real)[real]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for output in (found, expected):
+        (output * torch.linspace(-1, 1, 64)).square().mean().backward()
+    theirs = dict(oracle.named_parameters())
+    for name, parameter in trunk.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_dropout_of_attention_leaves_its_expectation() -> None:
+    """With dropout, keys and values are computed; without, what they would give is."""
+    architecture = Architecture(width=64, layers=1)
+    tokens, real = torch.randn(1, 30, 64), torch.ones(1, 30, dtype=torch.bool)
+    attention = Block(architecture, dropout=0.2).attn
+    randomised(attention, seed=2)
+    blocked = attention_bias(real, torch.float32)
+    expected = attention(tokens, blocked, slice(None))
+    attention.train()
+    drawn = torch.stack([attention(tokens, blocked, slice(None)) for _ in range(4_000)])
+    error = drawn.std(dim=0) / 4_000**0.5
+    assert not torch.equal(drawn[0], drawn[1])
+    assert ((drawn.mean(dim=0) - expected).abs() < 6 * error).all()
 
 
 def test_decision_transformer_equals_a_forward_pass_written_out_from_the_facts() -> None:

@@ -52,14 +52,12 @@ def merge(
         )
 
     def combine(name: str) -> Tensor:
+        if alpha is not None:
+            return _between(policies[0].trunk[name], policies[1].trunk[name], alpha)
         tensors = torch.stack([policy.trunk[name] for policy in policies])
         if fisher is not None:
             return _weighted(tensors, torch.stack([each[name] for each in fisher]))
-        if alpha is None:
-            return _mean(tensors).float()
-        if alpha in (0.0, 1.0):  # bit for bit: the formula below would turn −0 into 0
-            return tensors[int(alpha)]
-        return (1 - alpha) * tensors[0] + alpha * tensors[1]
+        return _mean(tensors).float()
 
     return with_trunk(target, {name: combine(name) for name in names})
 
@@ -111,6 +109,13 @@ def _target(policies: Sequence[Policy]) -> Policy:
 def _weighs(fisher: Fisher, tensor: Tensor, name: str) -> bool:
     weight = fisher.get(name)
     return weight is not None and weight.shape == tensor.shape and bool((weight.isfinite() & (weight >= 0)).all())
+
+
+def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    """(1 − α)·first + α·second, and bit for bit one of them at the ends, where the formula would turn −0 into 0."""
+    if alpha in (0.0, 1.0):
+        return second if alpha else first
+    return ((1 - alpha) * first).add_(alpha * second)
 
 
 def _weighted(tensors: Tensor, weights: Tensor) -> Tensor:

@@ -27,8 +27,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
+        return affine(x, self.weight, self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (…, in), weight (in, out), bias (out) → (…, out)."""
+    if x.ndim == 2:  # no view of it, which autograd would copy where the result is changed in place
+        return torch.addmm(bias, x, weight)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
@@ -52,6 +58,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, blocked: Tensor, read: slice) -> Tensor:
         """x (B, T, d), blocked (B, 1, T, T) additive → (B, len(read), d), for the queries in `read` only."""
+        if self.heads == 1 and not (self.training and self.dropout):
+            return self._absorbed(x, blocked[:, 0, read], x[:, read])
         queries, keys, values = (
             self._split(part) for part in self.c_attn(x).chunk(3, dim=-1)
         )  # (B, heads, T, d/heads)
@@ -59,6 +67,20 @@ class Attention(nn.Module):
         weights = F.softmax(scores + blocked[:, :, read], dim=-1)
         mixed = F.dropout(weights, self.dropout, self.training) @ values
         return F.dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def _absorbed(self, x: Tensor, blocked: Tensor, asking: Tensor) -> Tensor:
+        """The same of a single head, without keys and values, half of whose products are not needed.
+
+        q·(W_k x) = (q W_kᵀ)·x; and Σ a·(W_v x + b_v) = W_v (Σ a·x) + b_v, for attention, if none is dropped, adds up
+        to 1. So W_q and W_kᵀ make one matrix, W_v and the output projection another. The keys' bias adds the same to
+        all scores of a query, which softmax does not see.
+        """
+        query, key, value = self.c_attn.weight.chunk(3, dim=1)
+        query_bias, _, value_bias = self.c_attn.bias.chunk(3)
+        scaled = key.T * (1 / math.sqrt(x.shape[-1]))
+        scores = affine(asking, query @ scaled, query_bias @ scaled) @ x.transpose(-1, -2)
+        mixed = F.softmax(scores + blocked, dim=-1) @ x
+        return affine(mixed, value @ self.c_proj.weight, value_bias @ self.c_proj.weight + self.c_proj.bias)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
@@ -76,7 +98,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d) → (…, d)."""
-        return F.dropout(self.c_proj(activate(self.c_fc(x), self.activation)), self.dropout, self.training)
+        hidden = activate(self.c_fc(x.flatten(0, -2)), self.activation)
+        return F.dropout(self.c_proj(hidden).view(x.shape), self.dropout, self.training)
 
 
 class Block(nn.Module):

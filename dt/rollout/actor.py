@@ -1,15 +1,14 @@
 """Many policies acting in many environments at once, each action exact, no work done twice.
 
 Weights of all policies are stacked, so that one call serves them all (a product of oneDNN's for each, where it is
-there). Of the 3K tokens of a window only three are
-new at each step, and the window slides without positions (time steps are absolute), so embeddings and the first block's
-queries, keys and values are kept in a ring of K slots; deeper layers see a context that lost its oldest step and are
-computed afresh. The last block computes the newest state token alone.
+there). Of the 3K tokens of a window only three are new at each step, and the window slides without positions (time
+steps are absolute), so embeddings and the first block's queries, keys and values are kept in a ring of K slots; deeper
+layers see a context that lost its oldest step and are computed afresh. The last block computes the newest state token
+alone. Where that is less work, attention looks at the tokens themselves and not at keys and values made of them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -49,7 +48,8 @@ class Stack:
     is taken out of all that is written there. It would cost bfloat16 the digits of the rest (attention of nothing but
     ones, as in Table I, writes nothing else).
 
-    blocks: per layer, `c_attn` (P, 3d, d) etc. with biases (P, 3d), in the precision of the products;
+    blocks: per layer, `attn.c_attn` (P, 3d, d) or what `_absorbed` makes of it, and so on, with biases (P, 3d), in the
+    precision of the products;
     head: embeddings and statistics (P, …) in float32.
     """
 
@@ -79,21 +79,24 @@ class Stack:
             """(x̂·γ + β)W + b = x̂·(γW) + (βW + b)."""
             scale, shift, weight = trunk(f"{norm}.weight"), trunk(f"{norm}.bias"), trunk(f"{linear}.weight")
             bias = torch.einsum("pi,pio->po", shift, weight) + trunk(f"{linear}.bias")
-            return {"weight": (scale[:, :, None] * weight).mT, "bias": bias}
+            return {f"{linear}.weight": scale[:, :, None] * weight, f"{linear}.bias": bias}
+
+        def rounded(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """In the precision of the products, (P, out, in) as oneDNN likes its weights."""
+            turned = {name: tensor.mT if name.endswith("weight") else tensor for name, tensor in block.items()}
+            return {name: tensor.to(_DTYPES[precision]).contiguous() for name, tensor in turned.items()}
 
         def block(i: int) -> dict[str, Tensor]:
-            attn, fc = fold(f"h.{i}.ln_1", f"h.{i}.attn.c_attn"), fold(f"h.{i}.ln_2", f"h.{i}.mlp.c_fc")
-            tensors = {
-                "c_attn.weight": attn["weight"],
-                "c_attn.bias": attn["bias"],
-                "c_fc.weight": fc["weight"],
-                "c_fc.bias": fc["bias"],
-            }
-            for short in ("attn.c_proj", "mlp.c_proj"):
-                weight, bias = trunk(f"h.{i}.{short}.weight"), trunk(f"h.{i}.{short}.bias")
-                tensors |= {f"{short}.weight": _centred(weight).mT, f"{short}.bias": _centred(bias)}
-            return {name: tensor.to(_DTYPES[precision]).contiguous() for name, tensor in tensors.items()}
+            tensors = fold(f"h.{i}.ln_1", f"h.{i}.attn.c_attn") | fold(f"h.{i}.ln_2", f"h.{i}.mlp.c_fc")
+            for linear in (f"h.{i}.attn.c_proj", f"h.{i}.mlp.c_proj"):
+                tensors |= {f"{linear}.{part}": _centred(trunk(f"{linear}.{part}")) for part in ("weight", "bias")}
+            for part in ("weight", "bias"):  # queries come scaled, so that scores need not be
+                tensors[f"h.{i}.attn.c_attn.{part}"][..., : architecture.width] *= scale
+            tensors = {name.removeprefix(f"h.{i}."): tensor for name, tensor in tensors.items()}
+            single = architecture.heads == 1 or i == architecture.layers - 1
+            return rounded(_absorbed(tensors, architecture.heads) if single else tensors)
 
+        scale = (architecture.width // architecture.heads) ** -0.5
         predict = head("predict_action.weight").transpose(1, 2)
         last_shift = torch.einsum("pi,pio->po", trunk("ln_f.bias"), predict) + head("predict_action.bias")
         return cls(
@@ -116,9 +119,11 @@ class Stack:
 
     def select(self, policies: Tensor) -> Stack:
         """Only these policies, in this order."""
-        pick = {name: tensor[policies] for name, tensor in self.head.items()}
-        blocks = tuple({name: tensor[policies] for name, tensor in block.items()} for block in self.blocks)
-        return replace(self, blocks=blocks, head=pick)
+
+        def pick(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[policies] for name, tensor in tensors.items()}
+
+        return replace(self, blocks=tuple(map(pick, self.blocks)), head=pick(self.head))
 
 
 class Actor:
@@ -127,10 +132,11 @@ class Actor:
     def __init__(self, stack: Stack, episodes: int, action_dim: int) -> None:
         policies, k, d = len(stack.head["timestep"]), stack.architecture.context, stack.architecture.width
         self._stack, self._time = stack, 0
-        dtype = stack.blocks[0]["c_attn.weight"].dtype
+        dtype = stack.blocks[0]["mlp.c_fc.weight"].dtype
         # Rings over time steps of (return-to-go, state, action) tokens. In bfloat16 the residual stream is, too.
         self._tokens = torch.zeros(policies, episodes, k, 3, d, dtype=dtype)
-        self._qkv = torch.zeros(policies, episodes, k, 3, 3 * d, dtype=dtype)
+        reads = _reads(self._tokens[:, :, 0], stack.blocks[0])
+        self._reads = [torch.zeros(*self._tokens.shape[:4], each.shape[-1], dtype=dtype) for each in reads]
         self._blocked = _blocked_by_rotation(k, dtype)
         self._last_action = torch.zeros(policies, episodes, action_dim)
 
@@ -139,25 +145,28 @@ class Actor:
         self._stack = self._stack.select(policies)
         rows = policies[:, None]
         self._tokens = self._tokens[rows, episodes]
-        self._qkv = self._qkv[rows, episodes]
+        self._reads = [ring[rows, episodes] for ring in self._reads]
         self._last_action = self._last_action[rows, episodes]
 
     @torch.inference_mode()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
         """Raw observations (P, E, S) and scaled returns-to-go (P, E), both float32 → actions (P, E, A)."""
-        stack, k = self._stack, self._stack.architecture.context
+        stack, k, heads = self._stack, self._stack.architecture.context, self._stack.architecture.heads
         now, filled = self._time % k, min(self._time + 1, k)
         self._push(observations, returns_to_go, now)
         x = self._tokens[:, :, :filled].flatten(2, 3)  # (P, E, T, d)
-        qkv = self._qkv[:, :, :filled].flatten(2, 3)
         blocked = self._blocked[now, : 3 * filled, : 3 * filled]
-        state_token = slice(3 * now + 1, 3 * now + 2)
-        for i, block in enumerate(stack.blocks):
-            read = state_token if i == len(stack.blocks) - 1 else slice(None)
-            queries, keys_values = _queries_keys_values(block, x, read) if i else _split(qkv, read)
-            mixed = _attend(queries, keys_values, blocked[read], stack.architecture.heads)
-            x = _linear(mixed, block, "attn.c_proj", plus=x[:, :, read])
-            hidden = _linear(_norm(x), block, "c_fc", activation=stack.architecture.activation)
+        newest = slice(3 * now + 1, 3 * now + 2)  # state token
+        for block in stack.blocks:
+            asking = newest if block is stack.blocks[-1] else slice(None)
+            if block is stack.blocks[0]:
+                queries, *seen = (ring[:, :, :filled].flatten(2, 3) for ring in self._reads)
+                queries = queries[:, :, asking]
+            else:
+                queries, *seen = _reads(x, block, asking)
+            mixed = _attend(queries, seen, blocked[asking], heads)
+            x = _linear(mixed, block, "attn.c_proj", plus=x[:, :, asking])
+            hidden = _linear(_norm(x), block, "mlp.c_fc", activation=stack.architecture.activation)
             x = _linear(hidden, block, "mlp.c_proj", plus=x)
         features = _norm(x[:, :, 0].float())
         self._last_action = torch.tanh(
@@ -179,10 +188,37 @@ class Actor:
         times = torch.tensor([max(self._time - 1, 0), self._time, self._time])
         new = _norm(embedded) * head["ln.weight"] + head["ln.bias"] + head["timestep"][:, None, times]
         new = _centred(new).to(self._tokens.dtype)
-        new_qkv = _linear(_norm(new), self._stack.blocks[0], "c_attn")
-        for ring, fresh in ((self._tokens, new), (self._qkv, new_qkv)):
+        for ring, fresh in zip((self._tokens, *self._reads), (new, *_reads(new, self._stack.blocks[0])), strict=True):
             ring[:, :, (now - 1) % context, 2] = fresh[:, :, 0]
             ring[:, :, now, :2] = fresh[:, :, 1:]
+
+
+def _absorbed(block: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """The block without keys and values: q·(W_k x) = (W_kᵀ q)·x, and, for attention adds up to 1, Σ a·(W_v x + b_v) =
+    W_v (Σ a·x) + b_v. (What the keys' biases add to a score, softmax does not see.)
+
+    So `attn.read` (P, d, heads·d) is W_kᵀ after W_q and `attn.c_proj` (P, heads·d, d) the projection after W_v, head by
+    head. Fewer multiplications where there is one head or one query.
+    """
+    rest = {name: tensor for name, tensor in block.items() if not name.startswith("attn.")}
+    (policies, width, _), each = block["attn.c_proj.weight"].shape, block["attn.c_proj.weight"].shape[1] // heads
+    query, key, value = block["attn.c_attn.weight"].view(policies, width, 3, heads, each).unbind(2)
+    query_bias, _, value_bias = block["attn.c_attn.bias"].view(policies, 3, heads, each).unbind(1)
+    projection = block["attn.c_proj.weight"].view(policies, heads, each, width)
+    return rest | {
+        "attn.read.weight": torch.einsum("pihe,pohe->piho", query, key).flatten(2),
+        "attn.read.bias": torch.einsum("phe,pohe->pho", query_bias, key).flatten(1),
+        "attn.c_proj.weight": torch.einsum("pihe,pheo->phio", value, projection).flatten(1, 2),
+        "attn.c_proj.bias": torch.einsum("phe,pheo->po", value_bias, projection) + block["attn.c_proj.bias"],
+    }
+
+
+def _reads(x: Tensor, block: Mapping[str, Tensor], asking: slice = slice(None)) -> tuple[Tensor, ...]:
+    """Tokens x (P, E, T, d) → the scaled queries of those that ask, and what they see: keys and values, or tokens."""
+    normal = _norm(x)
+    if "attn.read.weight" in block:
+        return _linear(normal[:, :, asking], block, "attn.read"), normal
+    return _linear(normal, block, "attn.c_attn").chunk(3, dim=-1)
 
 
 def _blocked_by_rotation(context: int, dtype: torch.dtype) -> Tensor:
@@ -216,14 +252,13 @@ def _linear(
     x: Tensor,
     block: Mapping[str, Tensor],
     name: str,
-    outputs: slice = slice(None),
     *,
     activation: Activation | None = None,
     plus: Tensor | None = None,
 ) -> Tensor:
     """(P, E, T, in) → (P, E, T, out) by each policy's own weights, in their precision; then activated, or with `plus`
     (P, E, T, out) added."""
-    weights, biases = block[f"{name}.weight"][:, outputs], block[f"{name}.bias"][:, outputs]
+    weights, biases = block[f"{name}.weight"], block[f"{name}.bias"]
     if activation not in _FUSED or not _fusing(x.dtype):
         y = torch.baddbmm(biases[:, None], x.flatten(1, 2), weights.mT).reshape(*x.shape[:3], -1)
         y = y if activation is None else activate(y, activation)
@@ -246,34 +281,27 @@ def _fusing(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _split(qkv: Tensor, read: slice) -> tuple[Tensor, Tensor]:
-    width = qkv.shape[-1] // 3
-    return qkv[:, :, read, :width], qkv[..., width:]
+def _attend(queries: Tensor, seen: Sequence[Tensor], blocked: Tensor, heads: int) -> Tensor:
+    """What queries find, in their shape, the same bits whatever P and E.
 
-
-def _queries_keys_values(block: Mapping[str, Tensor], x: Tensor, read: slice) -> tuple[Tensor, Tensor]:
-    normal, width = _norm(x), x.shape[-1]
-    if read == slice(None):
-        return _split(_linear(normal, block, "c_attn"), read)
-    queries = _linear(normal[:, :, read], block, "c_attn", slice(0, width))
-    return queries, _linear(normal, block, "c_attn", slice(width, None))
-
-
-def _attend(queries: Tensor, keys_values: Tensor, blocked: Tensor, heads: int) -> Tensor:
-    """Queries (P, E, Q, d), keys and values (P, E, T, 2d) → (P, E, Q, d), the same bits whatever P and E."""
+    Queries (P, E, Q, d) see keys and values, (P, E, T, d) each and split by heads; or queries (P, E, Q, heads·d) see
+    tokens (P, E, T, d), where each head's query is one more of a single head's. blocked: (Q, T).
+    """
+    keys, values = seen[0], seen[-1]
+    heads = heads if len(seen) == 2 else 1
+    together, each = keys.shape[0] * keys.shape[1], keys.shape[3] // heads
 
     def split(x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[2], heads, x.shape[3] // heads).transpose(1, 2)  # (P·E, heads, ·, d/heads)
+        return x.reshape(together, -1, heads, each).transpose(1, 2)
 
-    q, (k, v) = split(queries), map(split, keys_values.chunk(2, dim=-1))
-    scale = 1 / math.sqrt(q.shape[-1])
+    q, k, v = split(queries), split(keys), split(values)
     if q[0, 0].numel() * k.shape[2] >= _SMALL:
-        mixed = F.softmax(q @ k.transpose(-1, -2) * scale + blocked, dim=-1) @ v
+        mixed = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1) @ v
     elif q.dtype == torch.float32:  # where the fused kernel's sums depend on P and E, on some CPUs
-        scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) * scale + blocked
+        scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) + blocked
         mixed = (F.softmax(scores, dim=-1)[..., None] * v[:, :, None]).sum(dim=-2)
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked.expand(q.shape[2], -1), scale=1.0)
     return mixed.transpose(1, 2).reshape(queries.shape)
 
 
