@@ -137,7 +137,7 @@ class Actor:
         self._tokens = torch.zeros(policies, episodes, k, 3, d, dtype=dtype)
         reads = _reads(self._tokens[:, :, 0], stack.blocks[0])
         self._reads = [torch.zeros(*self._tokens.shape[:4], each.shape[-1], dtype=dtype) for each in reads]
-        self._blocked = _blocked_by_rotation(k, dtype)
+        self._blocked = _blocked_by_rotation(k)
         self._last_action = torch.zeros(policies, episodes, action_dim)
 
     def keep(self, policies: Tensor, episodes: Tensor) -> None:
@@ -221,14 +221,12 @@ def _reads(x: Tensor, block: Mapping[str, Tensor], asking: slice = slice(None)) 
     return _linear(normal, block, "attn.c_attn").chunk(3, dim=-1)
 
 
-def _blocked_by_rotation(context: int, dtype: torch.dtype) -> Tensor:
-    """(K, 3K, 3K) additive causal masks: row `now` is for a ring whose newest time step lies in slot `now`."""
+def _blocked_by_rotation(context: int) -> Tensor:
+    """(K, 3K, 3K) additive causal masks, float32: row `now` is for a ring whose newest time step lies in slot `now`."""
     slots, kinds = torch.arange(context), torch.arange(3)
     age_order = (slots[None] - slots[:, None] - 1) % context  # [now, slot]: 0 for the oldest
     order = (3 * age_order[:, :, None] + kinds).flatten(1)
-    return torch.zeros(context, 3 * context, 3 * context, dtype=dtype).masked_fill_(
-        order[:, None, :] > order[:, :, None], -1e9
-    )
+    return torch.zeros(context, 3 * context, 3 * context).masked_fill_(order[:, None, :] > order[:, :, None], -1e9)
 
 
 def _small_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -296,12 +294,13 @@ def _attend(queries: Tensor, seen: Sequence[Tensor], blocked: Tensor, heads: int
 
     q, k, v = split(queries), split(keys), split(values)
     if q[0, 0].numel() * k.shape[2] >= _SMALL:
-        mixed = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1) @ v
+        weights = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1)  # in float32, which takes a third of the time
+        mixed = weights.to(v.dtype) @ v
     elif q.dtype == torch.float32:  # where the fused kernel's sums depend on P and E, on some CPUs
         scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) + blocked
         mixed = (F.softmax(scores, dim=-1)[..., None] * v[:, :, None]).sum(dim=-2)
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked.expand(q.shape[2], -1), scale=1.0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked.to(q.dtype).expand(q.shape[2], -1), scale=1.0)
     return mixed.transpose(1, 2).reshape(queries.shape)
 
 
