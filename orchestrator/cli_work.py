@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from rich.table import Table as RichTable
 
 from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError, unknown
-from dt.model.shapes import block_parameters
 from dt.tasks import get_task
 from dt.training.optimisation import Precision
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
+from orchestrator.costs import estimate
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.engine import Settings
@@ -24,14 +23,11 @@ from orchestrator.engine import run as run_engine
 from orchestrator.estimates import sample_mean
 from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting, get_experiment, merged
 from orchestrator.figures import draw, spell
-from orchestrator.plan import Plan, datasets_of, make_plan, parts
+from orchestrator.plan import datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import (
     Artefact,
     Evaluate,
-    Fisher,
-    Job,
-    Pretrain,
     Recipe,
     Recording,
     closure,
@@ -41,11 +37,7 @@ from orchestrator.recipes import (
 from orchestrator.report import number
 from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
-from orchestrator.tables import Tables
 
-# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for a
-# token in training and for an episode rolled out.
-SECONDS = {"recording": 0.15, "train": 0.12 / (64 * 60) / 594_816, "evaluate": 1.0 / 594_816}
 MANY_ROWS = 24  # more are for the report
 
 
@@ -56,7 +48,7 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     """What a run of these points would compute."""
     tables = store.open_tables()
     planned = make_plan([point.evaluation for point in points], store, tables)
-    seconds = estimate(planned, tables)
+    seconds = estimate(planned, tables, cores := os.cpu_count() or 1)
     table = RichTable("", "to compute", "of", "already there", "about")
 
     def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: str) -> None:
@@ -64,59 +56,16 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
 
     recorded, stored = f"{planned.recorded_episodes:,} episodes", f"{planned.stored_recordings:,}"
     line("recordings", "recording", planned.recordings, recorded, stored)
-    steps, stored = f"{planned.gradient_steps:,} steps", f"{planned.stored_artefacts:,}"  # estimates among them
+    steps, stored = f"{planned.gradient_steps:,} steps", f"{planned.stored_trainings:,}"
     line("trainings", "train", planned.trainings, steps, stored)
     if planned.fishers:
-        line("estimates", "fisher", planned.fishers, f"{sum(each.batches for each in planned.fishers):,} batches", "")
+        batches, stored = sum(each.batches for each in planned.fishers), f"{planned.stored_statistics:,}"
+        line("estimates", "fisher", planned.fishers, f"{batches:,} batches", stored)
     rolled_out, stored = f"{planned.episodes:,} episodes", f"{planned.stored_evaluations:,}"
     line("evaluations", "evaluate", planned.evaluations, rolled_out, stored)
-    cores = os.cpu_count() or 1
     known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
     table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
     console.print(table)
-
-
-def estimate(planned: Plan, tables: Tables) -> dict[str, float]:
-    """Seconds on this machine for each kind of work: by what earlier runs took, else by typical figures.
-
-    Of runs here if there are any, else anywhere. A transformer's work is tokens × parameters, so that runs of one
-    budget tell something of another.
-    """
-    cores, known = os.cpu_count() or 1, dict(SECONDS)
-    for row in tables.query(_UNIT_COSTS).sort_by("here").to_pylist():  # this machine's last
-        known[row["kind"]] = row["unit"]
-    sizes = {
-        "recording": planned.recorded_episodes,
-        "train": sum(map(_work, planned.trainings)),
-        "fisher": sum(map(_work, planned.fishers)),
-        "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
-    }
-    known["fisher"] = known["train"]  # a step's gradients, without the step
-    at_once = {"train": len(planned.trainings), "fisher": len(planned.fishers)}
-    busy = dict.fromkeys(sizes, cores) | {kind: min(cores, max(1, count)) for kind, count in at_once.items()}
-    return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
-
-
-def _work(recipe: Job | Fisher) -> int:
-    """Tokens whose gradients it takes, times parameters."""
-    if isinstance(recipe, Fisher):
-        shape, windows = recipe.policy.architecture, recipe.batches * recipe.batch_size
-    else:
-        shape, windows = recipe.architecture, recipe.optimisation.steps * recipe.optimisation.batch_size
-    tokens = recipe.block if isinstance(recipe, Pretrain) else 3 * shape.context
-    return windows * tokens * block_parameters(shape)
-
-
-_UNIT_COSTS = f"""
-SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
-    SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,
-           steps * batch_size * 3 * context * trunk_parameters AS work
-    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind IN ('train', 'fine-tune', 'train-together')
-    UNION ALL
-    SELECT 'evaluate', host = '{platform.node()}', seconds, episodes * trunk_parameters
-    FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'
-) GROUP BY kind, here
-"""
 
 
 def _minutes(seconds: float) -> str:

@@ -40,7 +40,8 @@ class Plan:
     artefacts: tuple[Artefact, ...]  # trainings, and what they or merges need beside them
     evaluations: tuple[Evaluate, ...]
     stored_recordings: int
-    stored_artefacts: int
+    stored_trainings: int
+    stored_statistics: int
     stored_evaluations: int
 
     @property
@@ -98,8 +99,10 @@ class Plan:
         return f"to compute: {', '.join(parts)}; stored: {self._stored()}"
 
     def _stored(self) -> str:
-        counts = (self.stored_recordings, self.stored_artefacts, self.stored_evaluations)
-        return "{:,} recordings, {:,} artefacts, {:,} evaluations".format(*counts)
+        artefacts = self.stored_trainings + self.stored_statistics
+        return (
+            f"{self.stored_recordings:,} recordings, {artefacts:,} artefacts, {self.stored_evaluations:,} evaluations"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,12 +165,15 @@ def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     behind = _by_id(
         chain(sources.values(), chain.from_iterable(parts(dataset) for dataset in datasets_of(reachable.values())))
     )
+    stored = [artefact for artefact in reachable.values() if artefact.id in committed]
+    trained = _jobs(stored)
     return Plan(
         recordings,
         artefacts,
         missing,
         stored_recordings=sum(is_recorded(recording, store) for recording in behind.values()),
-        stored_artefacts=len(committed & reachable.keys()),
+        stored_trainings=len(trained),
+        stored_statistics=len(stored) - len(trained),
         stored_evaluations=len(evaluations) - len(missing),
     )
 

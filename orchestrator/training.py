@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from dt.errors import UserError
+from orchestrator.costs import multiply_adds
 from orchestrator.messages import Failure, describe, explain
 from orchestrator.progress import Phase
-from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain, TrainTogether
+from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
 from orchestrator.rows import policy_row, run_row, run_rows, training_rows
 from orchestrator.store import PROGRESS, Store
 from orchestrator.tables import Tables
@@ -126,27 +127,11 @@ def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
     """The recipes in so many lanes of about the same work: the next longest always into the shortest lane."""
     lanes: list[list[Job]] = [[] for _ in range(min(count, len(recipes)))]
     work = [0] * len(lanes)
-    for recipe in sorted(recipes, key=_multiply_adds, reverse=True):
+    for recipe in sorted(recipes, key=multiply_adds, reverse=True):
         shortest = work.index(min(work))
         lanes[shortest].append(recipe)
-        work[shortest] += _multiply_adds(recipe)
+        work[shortest] += multiply_adds(recipe)
     return lanes
-
-
-def _multiply_adds(recipe: Job) -> int:
-    """Of the forward matrix products of a whole training, attention's scores aside: what it costs, model for model."""
-    from dt.model.shapes import block_parameters
-
-    shape, optimisation = recipe.architecture, recipe.optimisation
-    per_token = block_parameters(shape)
-    if isinstance(recipe, Pretrain):
-        tokens = recipe.block
-        per_token += recipe.vocabulary * shape.width
-    else:
-        tokens = 3 * shape.context
-    if isinstance(recipe, TrainTogether) and recipe.harmony is None:
-        tokens *= len(recipe.datasets)
-    return optimisation.steps * optimisation.batch_size * tokens * per_token
 
 
 def compute_all(recipes: Sequence[Fisher | ImportLanguage], store: Store, *, phase: Phase) -> list[Failure]:

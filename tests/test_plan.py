@@ -29,7 +29,7 @@ def test_an_empty_store_lacks_everything_once(tmp_path):
     assert plan.gradient_steps == 2 * OPTIMISATION.steps
     assert plan.episodes == 12 * 2
     assert plan.environment_steps == 12 * 2 * 1000 + 2 * 3 * 1000
-    assert (plan.stored_recordings, plan.stored_artefacts, plan.stored_evaluations) == (0, 0, 0)
+    assert (plan.stored_recordings, plan.stored_trainings, plan.stored_evaluations) == (0, 0, 0)
     assert (
         "2 recordings (6 episodes), 2 trainings (440 gradient steps), 12 evaluations (24 episodes)" in plan.describe()
     )
@@ -54,7 +54,7 @@ def test_only_what_a_missing_evaluation_needs_is_trained(tmp_path):
     store.save(expert("hopper"), fresh_policy(expert("hopper")))
     plan = make_plan([alone, merge, expert("hopper"), merged("mlp", 0.1)], store, tables)
     assert plan.trainings == (expert("walker2d"),)
-    assert plan.stored_artefacts == 1
+    assert plan.stored_trainings == 1
 
 
 def test_a_recording_is_needed_by_a_missing_training_only(tmp_path):

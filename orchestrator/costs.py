@@ -1,0 +1,61 @@
+"""What work costs: multiplications of a recipe, and by what earlier runs took, seconds of a plan."""
+
+from __future__ import annotations
+
+import platform
+
+from dt.model.shapes import block_parameters
+from orchestrator.plan import Plan
+from orchestrator.recipes import Fisher, Job, Pretrain, TrainTogether
+from orchestrator.tables import Tables
+
+# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for a
+# token in training and for an episode rolled out.
+SECONDS = {"recording": 0.15, "train": 0.1 / (64 * 60) / 594_816, "evaluate": 0.8 / 594_816}
+
+
+def multiply_adds(recipe: Job | Fisher) -> int:
+    """Of the forward products of all tokens whose gradients it takes, attention's scores aside: model for model, what
+    it costs."""
+    if isinstance(recipe, Fisher):
+        shape, windows = recipe.policy.architecture, recipe.batches * recipe.batch_size
+    else:
+        shape, windows = recipe.architecture, recipe.optimisation.steps * recipe.optimisation.batch_size
+    if isinstance(recipe, Pretrain):
+        return windows * recipe.block * (block_parameters(shape) + recipe.vocabulary * shape.width)
+    if isinstance(recipe, TrainTogether) and recipe.harmony is None:  # a step sees every task
+        windows *= len(recipe.datasets)
+    return windows * 3 * shape.context * block_parameters(shape)
+
+
+def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
+    """Seconds on so many cores for each kind of work: by what earlier runs took, else by typical figures.
+
+    Of runs on this machine if there are any, else anywhere. A transformer's work is tokens × parameters, so that runs
+    of one budget tell something of another.
+    """
+    known = dict(SECONDS)
+    for row in tables.query(_UNIT_COSTS).sort_by("here").to_pylist():  # this machine's last
+        known[row["kind"]] = row["unit"]
+    sizes = {
+        "recording": planned.recorded_episodes,
+        "train": sum(map(multiply_adds, planned.trainings)),
+        "fisher": sum(map(multiply_adds, planned.fishers)),
+        "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
+    }
+    known["fisher"] = known["train"]  # a step's gradients, without the step
+    at_once = {"train": len(planned.trainings), "fisher": len(planned.fishers)}
+    busy = dict.fromkeys(sizes, cores) | {kind: min(cores, max(1, count)) for kind, count in at_once.items()}
+    return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
+
+
+_UNIT_COSTS = f"""
+SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
+    SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,
+           steps * batch_size * 3 * context * trunk_parameters AS work
+    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind IN ('train', 'fine-tune')
+    UNION ALL
+    SELECT 'evaluate', host = '{platform.node()}', seconds, episodes * trunk_parameters
+    FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'
+) GROUP BY kind, here
+"""
