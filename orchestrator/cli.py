@@ -53,11 +53,6 @@ TargetOption = Annotated[str, typer.Option("--target", help="Task whose policy i
 QualityOption = Annotated[Quality, typer.Option("--quality", help="Data the policies are trained on.")]
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
 @app.command("list")
 def list_() -> None:
     """The experiments and the profiles."""
@@ -386,7 +381,3 @@ def demo(results: ResultsOption = RESULTS, address: AddressOption = None, worker
     from orchestrator.cli_work import run_demo
 
     run_demo(Store(results), address, workers)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dt.errors import EXIT_STATUS, UserError
+from dt.errors import EXIT_STATUS, INTERRUPTED, UserError
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.lifeline import terminable
@@ -74,7 +74,6 @@ TextOption = Annotated[
 RESULTS = "results"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_EXIT_INTERRUPTED = 130
 
 
 class Courteous(TyperGroup):
@@ -90,7 +89,7 @@ class Courteous(TyperGroup):
             _leave(sentence(error))
         except KeyboardInterrupt:
             print("interrupted; the same command resumes", file=sys.stderr)
-            raise typer.Exit(_EXIT_INTERRUPTED) from None
+            raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
             if error.errno in _DISK_FULL:
                 _leave(f"no space left to write {error.filename or ''}: make room and run the same command again")

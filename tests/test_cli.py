@@ -305,6 +305,16 @@ def test_reports_and_compaction(results: Path, tmp_path: Path) -> None:
     assert "gymnasium" in page
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_interrupted_while_it_imports_it_leaves_without_a_traceback() -> None:
+    process = subprocess.Popen([sys.executable, "-m", "orchestrator", "list"], cwd=ROOT, stderr=subprocess.PIPE)
+    while process.poll() is None and "pydantic_core" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, b"")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_says_that_it_resumes(how: signal.Signals, tmp_path: Path) -> None:
