@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dt.errors import UserError
+from dt.files import under
 from dt.model.architecture import Activation, Architecture
 from dt.model.policy import Policy
 from dt.model.trunk import LAYER_NORM_EPS, activate
@@ -69,36 +70,21 @@ class Stack:
             if not policy.plain:
                 raise UserError("take policies alone on the task: these have trunk parameters or masks of their own")
 
-        def trunk(name: str) -> Tensor:
-            return torch.stack([policy.trunk[name] for policy in policies])
-
         def head(name: str) -> Tensor:
             return torch.stack([policy.heads[task.name][name] for policy in policies])
 
-        def fold(norm: str, linear: str) -> dict[str, Tensor]:
-            """(x̂·γ + β)W + b = x̂·(γW) + (βW + b)."""
-            scale, shift, weight = trunk(f"{norm}.weight"), trunk(f"{norm}.bias"), trunk(f"{linear}.weight")
-            bias = torch.einsum("pi,pio->po", shift, weight) + trunk(f"{linear}.bias")
-            return {f"{linear}.weight": scale[:, :, None] * weight, f"{linear}.bias": bias}
-
-        def rounded(block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def block(i: int) -> dict[str, Tensor]:
             """In the precision of the products, (P, out, in) as oneDNN likes its weights."""
-            turned = {name: tensor.mT if name.endswith("weight") else tensor for name, tensor in block.items()}
+            of_each = [_block(policy, i) for policy in policies]  # one by one: its bits must not depend on its company
+            stacked = {name: torch.stack([tensors[name] for tensors in of_each]) for name in of_each[0]}
+            turned = {name: tensor.mT if name.endswith("weight") else tensor for name, tensor in stacked.items()}
             return {name: tensor.to(_DTYPES[precision]).contiguous() for name, tensor in turned.items()}
 
-        def block(i: int) -> dict[str, Tensor]:
-            tensors = fold(f"h.{i}.ln_1", f"h.{i}.attn.c_attn") | fold(f"h.{i}.ln_2", f"h.{i}.mlp.c_fc")
-            for linear in (f"h.{i}.attn.c_proj", f"h.{i}.mlp.c_proj"):
-                tensors |= {f"{linear}.{part}": _centred(trunk(f"{linear}.{part}")) for part in ("weight", "bias")}
-            for part in ("weight", "bias"):  # queries come scaled, so that scores need not be
-                tensors[f"h.{i}.attn.c_attn.{part}"][..., : architecture.width] *= scale
-            tensors = {name.removeprefix(f"h.{i}."): tensor for name, tensor in tensors.items()}
-            single = architecture.heads == 1 or i == architecture.layers - 1
-            return rounded(_absorbed(tensors, architecture.heads) if single else tensors)
-
-        scale = (architecture.width // architecture.heads) ** -0.5
+        scale, shift = (
+            torch.stack([policy.trunk[f"ln_f.{part}"] for policy in policies]) for part in ("weight", "bias")
+        )
         predict = head("predict_action.weight").transpose(1, 2)
-        last_shift = torch.einsum("pi,pio->po", trunk("ln_f.bias"), predict) + head("predict_action.bias")
+        last_shift = _small_product(shift[:, None], predict)[:, 0] + head("predict_action.bias")
         return cls(
             architecture,
             tuple(block(i) for i in range(architecture.layers)),
@@ -112,7 +98,7 @@ class Stack:
                 "timestep": head("embed_timestep.weight"),
                 "state_mean": head("state_mean")[:, None],
                 "state_std": head("state_std")[:, None],
-                "predict.weight": trunk("ln_f.weight")[:, :, None] * predict,
+                "predict.weight": scale[:, :, None] * predict,
                 "predict.bias": last_shift[:, None],
             },
         )
@@ -193,23 +179,58 @@ class Actor:
             ring[:, :, now, :2] = fresh[:, :, 1:]
 
 
-def _absorbed(block: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
-    """The block without keys and values: q·(W_k x) = (W_kᵀ q)·x, and, for attention adds up to 1, Σ a·(W_v x + b_v) =
+def _block(policy: Policy, i: int) -> dict[str, Tensor]:
+    """Block i of a policy as `Stack` has it, in float32 and (in, out)."""
+    architecture, scale = policy.architecture, (policy.architecture.width // policy.architecture.heads) ** -0.5
+    trunk = under(f"h.{i}.", policy.trunk)
+
+    def fold(norm: str, linear: str) -> tuple[Tensor, Tensor]:
+        """(x̂·γ + β)W + b = x̂·(γW) + (βW + b)."""
+        weight = trunk[f"{linear}.weight"]
+        return trunk[f"{norm}.weight"][:, None] * weight, trunk[f"{norm}.bias"] @ weight + trunk[f"{linear}.bias"]
+
+    def written(linear: str) -> tuple[Tensor, Tensor]:
+        return _centred(trunk[f"{linear}.weight"]), _centred(trunk[f"{linear}.bias"])
+
+    asked = torch.ones(3 * architecture.width)
+    asked[: architecture.width] = scale  # queries come scaled, so that scores need not be
+    weight, bias = fold("ln_1", "attn.c_attn")
+    found = {
+        "attn.c_attn": (weight * asked, bias * asked),
+        "attn.c_proj": written("attn.c_proj"),
+        "mlp.c_fc": fold("ln_2", "mlp.c_fc"),
+        "mlp.c_proj": written("mlp.c_proj"),
+    }
+    if architecture.heads == 1 or i == architecture.layers - 1:  # one head or one query: then it is less work
+        found |= _absorbed(*found.pop("attn.c_attn"), *found["attn.c_proj"], architecture.heads)
+    return {
+        f"{linear}.{part}": each
+        for linear, both in found.items()
+        for part, each in zip(("weight", "bias"), both, strict=True)
+    }
+
+
+def _absorbed(
+    c_attn: Tensor, c_attn_bias: Tensor, c_proj: Tensor, c_proj_bias: Tensor, heads: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Attention without keys and values: q·(W_k x) = (W_kᵀ q)·x, and, for attention adds up to 1, Σ a·(W_v x + b_v) =
     W_v (Σ a·x) + b_v. (What the keys' biases add to a score, softmax does not see.)
 
-    So `attn.read` (P, d, heads·d) is W_kᵀ after W_q and `attn.c_proj` (P, heads·d, d) the projection after W_v, head by
-    head. Fewer multiplications where there is one head or one query.
+    So `attn.read` (d, heads·d) is W_kᵀ after W_q and `attn.c_proj` (heads·d, d) the projection after W_v, head by head.
     """
-    rest = {name: tensor for name, tensor in block.items() if not name.startswith("attn.")}
-    (policies, width, _), each = block["attn.c_proj.weight"].shape, block["attn.c_proj.weight"].shape[1] // heads
-    query, key, value = block["attn.c_attn.weight"].view(policies, width, 3, heads, each).unbind(2)
-    query_bias, _, value_bias = block["attn.c_attn.bias"].view(policies, 3, heads, each).unbind(1)
-    projection = block["attn.c_proj.weight"].view(policies, heads, each, width)
-    return rest | {
-        "attn.read.weight": torch.einsum("pihe,pohe->piho", query, key).flatten(2),
-        "attn.read.bias": torch.einsum("phe,pohe->pho", query_bias, key).flatten(1),
-        "attn.c_proj.weight": torch.einsum("pihe,pheo->phio", value, projection).flatten(1, 2),
-        "attn.c_proj.bias": torch.einsum("phe,pheo->po", value_bias, projection) + block["attn.c_proj.bias"],
+    width = len(c_attn)
+    query, key, value = c_attn.view(width, 3, heads, -1).unbind(1)  # (d, heads, d/heads)
+    query_bias, _, value_bias = c_attn_bias.view(3, heads, -1)
+    projection = c_proj.view(heads, -1, width)
+    return {
+        "attn.read": (
+            torch.einsum("ihe,ohe->iho", query, key).flatten(1),
+            torch.einsum("he,ohe->ho", query_bias, key).flatten(),
+        ),
+        "attn.c_proj": (
+            torch.einsum("ihe,heo->hio", value, projection).flatten(0, 1),
+            torch.einsum("he,heo->o", value_bias, projection) + c_proj_bias,
+        ),
     }
 
 
