@@ -11,6 +11,7 @@ from orchestrator.recipes import Assemble, FineTune, Perturb, Train
 T = TypeVar("T", Train, FineTune)
 BUDGETS = (0.25, 1.0, 4.0)  # of the profile's steps
 GROUP = "attention+mlp"
+UNNEEDED = "data. Expert data holds one behaviour, whose next action the present state tells, once it is learned well."
 AS_TRAINED, WITHOUT_ATTENTION, FINE_TUNED = "as trained", "without attention", f"{GROUP}, merge-freeze-finetune"
 
 
@@ -43,14 +44,16 @@ def points(setting: Setting) -> Iterator[Point]:
             yield setting.point(both, task, policy=FINE_TUNED, budget=budget, seed=seed)
 
 
-def _with_training(statement: str, policy: str, task: str, expected: Literal["at least", "at most"]) -> Claim:
+def _with_training(
+    statement: str, policy: str, task: str, expected: Literal["at least", "at most"], likely: str = ""
+) -> Claim:
     """From the least to the most training, retention rises (`at least` 0) or falls."""
 
     def at(budget: float) -> dict[str, str | float]:
         return {"policy": policy, "task": task, "budget": budget}
 
     terms = ((1, at(BUDGETS[-1])), (-1, at(BUDGETS[0])))
-    return Claim(statement=statement, terms=terms, expected=expected, bound=0.0)
+    return Claim(statement=statement, terms=terms, expected=expected, bound=0.0, likely=likely)
 
 
 EXPERIMENT = Experiment(
@@ -67,6 +70,7 @@ EXPERIMENT = Experiment(
                 WITHOUT_ATTENTION,
                 task,
                 "at most",
+                UNNEEDED,
             )
             for task in TASKS
         ),

@@ -7,7 +7,7 @@ from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, W
 
 STILL_GOOD = 0.5  # "but we still see good results": at least half of the score
 IDLE = (
-    "data and budget. Attention that does little does little harm elsewhere, and can be done without: compare what "
+    "data. Attention that does little does little harm elsewhere, and can be done without: compare what "
     "each robot keeps without any in Table I, where ours differ from the paper's, too."
 )
 

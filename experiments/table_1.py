@@ -16,9 +16,9 @@ ONES = (
     "out again: “identity” is “removed”, and where the paper's columns differ it is noise (and rounding)."
 )
 
-LATE = (
-    "data and budget. Where the data holds one behaviour, the present state tells the next action, and what attention "
-    "adds is learned late, if at all (see `budget`); where it holds two, the past and the return asked for tell them "
+ONE_BEHAVIOUR = (
+    "data. Where it holds one behaviour, the present state tells the next action, and the longer a policy is trained, "
+    "the less it needs attention (see `budget`); where it holds two, the past and the return asked for tell them "
     "apart, and without attention a policy sees neither, for an action is read at the token of its state."
 )
 OTHER_DATA = "data. Which policies lean on their past depends on the behaviours recorded, and these are not D4RL's."
@@ -46,7 +46,7 @@ def _perturbed(task: str, quality: Quality, statement: str, decreases: bool) -> 
         terms=((1, {"task": task, "quality": quality, "attention": PERTURBATIONS}),),
         expected="at most" if decreases else "at least",
         bound=LITTLE_DECREASE,
-        likely=LATE if decreases else OTHER_DATA,
+        likely=ONE_BEHAVIOUR if decreases else OTHER_DATA,
     )
 
 

@@ -12,7 +12,7 @@ FINE_TUNED = "merge-freeze-finetune"
 MOST, HARDLY, SOME = 0.85, 0.1, 0.5
 SHORT = (
     "budget. With attention and MLPs frozen, what is left (layer norms, embeddings, head) is fine-tuned for as many "
-    "steps as the experts had, and those are 100,000 in the paper (see `budget`)."
+    "steps as the experts had, and those are 100,000 in the paper. Four times as many make it good (see `budget`)."
 )
 
 
