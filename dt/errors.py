@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 EXIT_STATUS = 2  # of a program that a `UserError` ends
-INTERRUPTED = 130  # of one that Ctrl-C ends, as shells have it
 
 
 class UserError(Exception):

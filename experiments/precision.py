@@ -1,4 +1,4 @@
-"""Our own: what do the digits cost that bfloat16 leaves out, in training and when the policy acts?"""
+"""Our own: what do the bits cost that bfloat16 leaves out, in training and when the policy acts?"""
 
 from collections.abc import Iterator
 
@@ -33,7 +33,7 @@ def _bfloat16_costs_little(statement: str, in_float32: Where, in_bfloat16: Where
 
 EXPERIMENT = Experiment(
     name="precision",
-    title="Half the digits",
+    title="Half the bits",
     paper="",
     question="Do policies lose return when trained in bfloat16, or acting in it? (Each in 8 times the usual episodes.)",
     points=points,

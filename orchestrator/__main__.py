@@ -1,14 +1,16 @@
 """The program `mergedt`; `ray submit` can send this one file to a cluster that has the package."""
 
-from dt.errors import INTERRUPTED
+import signal
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        from orchestrator.cli import app  # takes a second: Ctrl-C may come before there is anything to interrupt
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+    former = signal.getsignal(signal.SIGINT)
+    if former is signal.default_int_handler:  # what takes a second to import ends at Ctrl-C without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from orchestrator.cli import app
+
+    signal.signal(signal.SIGINT, former)
     app()
 
 

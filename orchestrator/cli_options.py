@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dt.errors import EXIT_STATUS, INTERRUPTED, UserError
+from dt.errors import EXIT_STATUS, UserError
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.lifeline import terminable
@@ -72,6 +72,7 @@ TextOption = Annotated[
 ]
 
 RESULTS = "results"
+INTERRUPTED = 130  # as shells have it of what Ctrl-C ended
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -48,7 +48,8 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     """What a run of these points would compute."""
     tables = store.open_tables()
     planned = make_plan([point.evaluation for point in points], store, tables)
-    seconds = estimate(planned, tables, cores := os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    seconds = estimate(planned, tables, cores)
     table = RichTable("", "to compute", "of", "already there", "about")
 
     def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: str) -> None:
@@ -56,10 +57,10 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
 
     recorded, stored = f"{planned.recorded_episodes:,} episodes", f"{planned.stored_recordings:,}"
     line("recordings", "recording", planned.recordings, recorded, stored)
-    steps, stored = f"{planned.gradient_steps:,} steps", f"{planned.stored_trainings:,}"
+    steps, stored = f"{planned.gradient_steps:,} steps", f"{len(planned.stored_trainings):,}"
     line("trainings", "train", planned.trainings, steps, stored)
-    if planned.fishers:
-        batches, stored = sum(each.batches for each in planned.fishers), f"{planned.stored_statistics:,}"
+    if planned.fishers or planned.stored_fishers:
+        batches, stored = sum(each.batches for each in planned.fishers), f"{len(planned.stored_fishers):,}"
         line("estimates", "fisher", planned.fishers, f"{batches:,} batches", stored)
     rolled_out, stored = f"{planned.episodes:,} episodes", f"{planned.stored_evaluations:,}"
     line("evaluations", "evaluate", planned.evaluations, rolled_out, stored)

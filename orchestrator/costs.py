@@ -15,8 +15,8 @@ SECONDS = {"recording": 0.15, "train": 0.1 / (64 * 60) / 594_816, "evaluate": 0.
 
 
 def multiply_adds(recipe: Job | Fisher) -> int:
-    """Of the forward products of all tokens whose gradients it takes, attention's scores aside: model for model, what
-    it costs."""
+    """Of the forward products of all tokens whose gradients it takes, attention's scores aside: in proportion, what it
+    costs."""
     if isinstance(recipe, Fisher):
         shape, windows = recipe.policy.architecture, recipe.batches * recipe.batch_size
     else:
@@ -49,6 +49,7 @@ def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
     return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
+# Without what trains on several tasks at once: its rows do not tell how many of them a step saw.
 _UNIT_COSTS = f"""
 SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
     SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,

@@ -40,14 +40,18 @@ class Plan:
     artefacts: tuple[Artefact, ...]  # trainings, and what they or merges need beside them
     evaluations: tuple[Evaluate, ...]
     stored_recordings: int
-    stored_trainings: int
-    stored_statistics: int
+    stored_artefacts: tuple[Artefact, ...]
     stored_evaluations: int
 
     @property
     def trainings(self) -> tuple[Job, ...]:
         """What takes gradient steps."""
         return _jobs(self.artefacts)
+
+    @property
+    def stored_trainings(self) -> tuple[Job, ...]:
+        """What took gradient steps."""
+        return _jobs(self.stored_artefacts)
 
     @property
     def others(self) -> tuple[Fisher | ImportLanguage, ...]:
@@ -57,7 +61,12 @@ class Plan:
     @property
     def fishers(self) -> tuple[Fisher, ...]:
         """What takes gradients alone."""
-        return tuple(artefact for artefact in self.artefacts if isinstance(artefact, Fisher))
+        return _fishers(self.artefacts)
+
+    @property
+    def stored_fishers(self) -> tuple[Fisher, ...]:
+        """What took gradients alone."""
+        return _fishers(self.stored_artefacts)
 
     @property
     def empty(self) -> bool:
@@ -99,10 +108,8 @@ class Plan:
         return f"to compute: {', '.join(parts)}; stored: {self._stored()}"
 
     def _stored(self) -> str:
-        artefacts = self.stored_trainings + self.stored_statistics
-        return (
-            f"{self.stored_recordings:,} recordings, {artefacts:,} artefacts, {self.stored_evaluations:,} evaluations"
-        )
+        counts = (self.stored_recordings, len(self.stored_artefacts), self.stored_evaluations)
+        return "{:,} recordings, {:,} artefacts, {:,} evaluations".format(*counts)
 
 
 @dataclass(frozen=True)
@@ -165,15 +172,12 @@ def make_plan(recipes: Iterable[Recipe], store: Store, tables: Tables) -> Plan:
     behind = _by_id(
         chain(sources.values(), chain.from_iterable(parts(dataset) for dataset in datasets_of(reachable.values())))
     )
-    stored = [artefact for artefact in reachable.values() if artefact.id in committed]
-    trained = _jobs(stored)
     return Plan(
         recordings,
         artefacts,
         missing,
         stored_recordings=sum(is_recorded(recording, store) for recording in behind.values()),
-        stored_trainings=len(trained),
-        stored_statistics=len(stored) - len(trained),
+        stored_artefacts=tuple(artefact for artefact in reachable.values() if artefact.id in committed),
         stored_evaluations=len(evaluations) - len(missing),
     )
 
@@ -201,6 +205,10 @@ def _missing(recipes: Iterable[Recipe], missing: Callable[[str], bool]) -> tuple
 
 def _jobs(artefacts: Iterable[Artefact]) -> tuple[Job, ...]:
     return tuple(artefact for artefact in artefacts if isinstance(artefact, Job))
+
+
+def _fishers(artefacts: Iterable[Artefact]) -> tuple[Fisher, ...]:
+    return tuple(artefact for artefact in artefacts if isinstance(artefact, Fisher))
 
 
 def datasets_of(artefacts: Iterable[Artefact]) -> Iterator[Dataset]:

@@ -74,24 +74,25 @@ def test_trunk_equals_hugging_face_gpt2_with_its_state_dict_loaded_unchanged(act
     found = trunk(tokens, real)[real]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     for output in (found, expected):
-        (output * torch.linspace(-1, 1, 64)).square().mean().backward()
+        (output * torch.linspace(-1, 1, 64)).square().sum().backward()
     theirs = dict(oracle.named_parameters())
     for name, parameter in trunk.named_parameters():
         assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-6, rtol=1e-4)
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-5 * largest, rtol=1e-4)
 
 
 def test_dropout_of_attention_leaves_its_expectation() -> None:
     """With dropout, keys and values are computed; without, what they would give is."""
     architecture = Architecture(width=64, layers=1)
-    tokens, real = torch.randn(1, 30, 64), torch.ones(1, 30, dtype=torch.bool)
+    tokens, real = torch.randn(9, 20, 64), torch.ones(9, 20, dtype=torch.bool)
     attention = Block(architecture, dropout=0.2).attn
     randomised(attention, seed=2)
     blocked = attention_bias(real, torch.float32)
     expected = attention(tokens, blocked, slice(None))
     attention.train()
-    drawn = torch.stack([attention(tokens, blocked, slice(None)) for _ in range(4_000)])
-    error = drawn.std(dim=0) / 4_000**0.5
+    drawn = torch.stack([attention(tokens, blocked, slice(None)) for _ in range(1_000)])
+    error = drawn.std(dim=0) / 1_000**0.5
     assert not torch.equal(drawn[0], drawn[1])
     assert ((drawn.mean(dim=0) - expected).abs() < 6 * error).all()
 

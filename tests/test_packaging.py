@@ -46,6 +46,7 @@ def test_experiments_use_only_declarations() -> None:
         "dt.merging.groups",
         "dt.model.architecture",
         "dt.training.harmony",
+        "dt.training.optimisation",
         "experiments",
         "orchestrator",
     )

@@ -3,13 +3,26 @@
 import time
 
 import numpy as np
+import torch
 from test_store import fresh_policy
 from toy import OPTIMISATION, TASKS, evaluation, expert, merged, recording, shared, sweep
 
 from dt.behaviour.record import record
 from dt.rollout.evaluate import Episodes
 from orchestrator.plan import Plan, make_plan, parts, parts_of
-from orchestrator.recipes import Evaluate, Imported, Merge, Perturb, Recording, Train, ingredients, inputs, trained
+from orchestrator.recipes import (
+    Evaluate,
+    Fisher,
+    FisherWeights,
+    Imported,
+    Merge,
+    Perturb,
+    Recording,
+    Train,
+    ingredients,
+    inputs,
+    trained,
+)
 from orchestrator.rows import episode_rows
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -29,7 +42,7 @@ def test_an_empty_store_lacks_everything_once(tmp_path):
     assert plan.gradient_steps == 2 * OPTIMISATION.steps
     assert plan.episodes == 12 * 2
     assert plan.environment_steps == 12 * 2 * 1000 + 2 * 3 * 1000
-    assert (plan.stored_recordings, plan.stored_trainings, plan.stored_evaluations) == (0, 0, 0)
+    assert (plan.stored_recordings, plan.stored_artefacts, plan.stored_evaluations) == (0, (), 0)
     assert (
         "2 recordings (6 episodes), 2 trainings (440 gradient steps), 12 evaluations (24 episodes)" in plan.describe()
     )
@@ -54,7 +67,21 @@ def test_only_what_a_missing_evaluation_needs_is_trained(tmp_path):
     store.save(expert("hopper"), fresh_policy(expert("hopper")))
     plan = make_plan([alone, merge, expert("hopper"), merged("mlp", 0.1)], store, tables)
     assert plan.trainings == (expert("walker2d"),)
-    assert plan.stored_trainings == 1
+    assert plan.stored_trainings == (expert("hopper"),)
+    assert (plan.fishers, plan.stored_fishers) == ((), ())
+
+
+def test_estimates_are_told_from_trainings(tmp_path):
+    store, tables = Store(tmp_path), Tables(tmp_path / "tables")
+    experts = (expert("hopper"), expert("walker2d"))
+    known, unknown = (Fisher(policy=each, datasets=each.datasets, batches=1) for each in experts)
+    policy = fresh_policy(experts[0])
+    store.save(experts[0], policy)
+    store.save(known, {name: torch.ones_like(tensor) for name, tensor in policy.trunk.items()})
+    merge = Merge(sources=experts, group="mlp", fisher=FisherWeights(estimates=(known, unknown)))
+    plan = make_plan([evaluation(merge)], store, tables)
+    assert (plan.trainings, plan.stored_trainings) == (experts[1:], experts[:1])
+    assert (plan.fishers, plan.stored_fishers) == ((unknown,), (known,))
 
 
 def test_a_recording_is_needed_by_a_missing_training_only(tmp_path):

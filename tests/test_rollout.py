@@ -80,11 +80,12 @@ def test_stacked_rollouts_equal_the_literal_evaluation(activation: str, layers: 
     assert any(episodes.terminated.any() for episodes in results)  # the comparison covers episodes that end early
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_policy_gets_the_same_bits_in_whatever_company(precision: str) -> None:
+def test_a_policy_gets_the_same_bits_in_whatever_company(precision: str, heads: int) -> None:
     """So a sweep resumed with only its missing points left gives the same numbers."""
     short = HOPPER.model_copy(update={"horizon": 60})
-    a, b = (lively(HOPPER, seed, width=128) for seed in (1, 2))
+    a, b = (lively(HOPPER, seed, width=128, heads=heads) for seed in (1, 2))
     crowd = [a, b, merge([a, b], "attention", 0.5), merge([a, b], "trunk", 0.5)]
     together = evaluate(crowd, short, episodes=5, seed=3, precision=precision)
     assert (

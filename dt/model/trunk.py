@@ -58,7 +58,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, blocked: Tensor, read: slice) -> Tensor:
         """x (B, T, d), blocked (B, 1, T, T) additive → (B, len(read), d), for the queries in `read` only."""
-        if self.heads == 1 and not (self.training and self.dropout):
+        few = x.shape[0] * x.shape[1] <= 2 * x.shape[2]  # for so few tokens, making the two matrices is more work
+        if self.heads == 1 and not (few or (self.training and self.dropout)):
             return self._absorbed(x, blocked[:, 0, read], x[:, read])
         queries, keys, values = (
             self._split(part) for part in self.c_attn(x).chunk(3, dim=-1)
@@ -69,11 +70,11 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def _absorbed(self, x: Tensor, blocked: Tensor, asking: Tensor) -> Tensor:
-        """The same of a single head, without keys and values, half of whose products are not needed.
+        """The same of a single head, without keys and values: two products of a token and the width instead of four.
 
         q·(W_k x) = (q W_kᵀ)·x; and Σ a·(W_v x + b_v) = W_v (Σ a·x) + b_v, for attention, if none is dropped, adds up
         to 1. So W_q and W_kᵀ make one matrix, W_v and the output projection another. The keys' bias adds the same to
-        all scores of a query, which softmax does not see.
+        all scores of a query, which softmax does not see. (Absorbed, as DeepSeek-V2 says of its latent attention.)
         """
         query, key, value = self.c_attn.weight.chunk(3, dim=1)
         query_bias, _, value_bias = self.c_attn.bias.chunk(3)

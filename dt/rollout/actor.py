@@ -2,7 +2,7 @@
 
 Weights of all policies are stacked, so that one call serves them all (a product of oneDNN's for each, where it is
 there). Of the 3K tokens of a window only three are new at each step, and the window slides without positions (time
-steps are absolute), so embeddings and the first block's queries, keys and values are kept in a ring of K slots; deeper
+steps are absolute), so embeddings and what the first block's attention reads are kept in a ring of K slots; deeper
 layers see a context that lost its oldest step and are computed afresh. The last block computes the newest state token
 alone. Where that is less work, attention looks at the tokens themselves and not at keys and values made of them.
 """
@@ -121,7 +121,7 @@ class Actor:
         dtype = stack.blocks[0]["mlp.c_fc.weight"].dtype
         # Rings over time steps of (return-to-go, state, action) tokens. In bfloat16 the residual stream is, too.
         self._tokens = torch.zeros(policies, episodes, k, 3, d, dtype=dtype)
-        reads = _reads(self._tokens[:, :, 0], stack.blocks[0])
+        reads = _reads(self._tokens[:, :, 0], stack.blocks[0])  # for their widths
         self._reads = [torch.zeros(*self._tokens.shape[:4], each.shape[-1], dtype=dtype) for each in reads]
         self._blocked = _blocked_by_rotation(k)
         self._last_action = torch.zeros(policies, episodes, action_dim)
@@ -201,7 +201,7 @@ def _block(policy: Policy, i: int) -> dict[str, Tensor]:
         "mlp.c_fc": fold("ln_2", "mlp.c_fc"),
         "mlp.c_proj": written("mlp.c_proj"),
     }
-    if architecture.heads == 1 or i == architecture.layers - 1:  # one head or one query: then it is less work
+    if architecture.heads == 1 or 0 < i == architecture.layers - 1:  # one head, or one query: then it is less work
         found |= _absorbed(*found.pop("attn.c_attn"), *found["attn.c_proj"], architecture.heads)
     return {
         f"{linear}.{part}": each
@@ -315,7 +315,7 @@ def _attend(queries: Tensor, seen: Sequence[Tensor], blocked: Tensor, heads: int
 
     q, k, v = split(queries), split(keys), split(values)
     if q[0, 0].numel() * k.shape[2] >= _SMALL:
-        weights = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1)  # in float32, which takes a third of the time
+        weights = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1)  # float32, for bfloat16 takes thrice the time
         mixed = weights.to(v.dtype) @ v
     elif q.dtype == torch.float32:  # where the fused kernel's sums depend on P and E, on some CPUs
         scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) + blocked

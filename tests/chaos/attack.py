@@ -28,7 +28,7 @@ from orchestrator.witness import stat
 
 HERE = Path(__file__).parent
 PATIENCE = 1500.0  # seconds; a busy machine needs minutes to start Ray
-QUICK = 120.0  # seconds that a run may take to end when it is told to; what is left to do would take far longer there
+QUICK = 120.0  # seconds that a run may take to end when it is told to, or be silent for when its Ray is hit
 GRACE = 180.0  # seconds to notice that the run is over: Ray's agents give up a head that was killed after 60
 DELAY = 3.0  # seconds at most between meeting a victim and striking
 FAILED, INTERRUPTED = 2, 130
@@ -145,9 +145,11 @@ class Run:
         """Wait for the end that befits what was hit, and return the exit status."""
         fatal = ends_with(struck)
         patience = QUICK if fatal in (*POLITE, *NODES, "head") else PATIENCE
-        heard, length = time.monotonic(), self._log.stat().st_size
+        began, length = time.monotonic(), self._log.stat().st_size
+        heard = began
         while (status := self._process.poll()) is None:
-            assert time.monotonic() - heard < patience, f"hangs after {struck}; {self._said()}"
+            hangs = time.monotonic() - heard > patience or time.monotonic() - began > PATIENCE
+            assert not hangs, f"hangs after {struck}; {self._said()}"
             if length != (length := self._log.stat().st_size) and fatal not in POLITE:
                 heard = time.monotonic()  # it goes on, with another Ray: the first was hit while it started
             time.sleep(0.1)
