@@ -11,19 +11,26 @@ MORE = 8  # times the usual episodes: 200 at the paper's number, for what is loo
 BAR = 2.0  # points of the normalised score
 
 
+def in_precision(setting: Setting, trained: Precision, acting: Precision) -> Setting:
+    """The same setting with its policies trained and evaluated in these, over more episodes."""
+    profile = setting.profile
+    changed = {
+        "optimisation": profile.optimisation.model_copy(update={"precision": trained}),
+        "evaluation_precision": acting,
+        "evaluation_episodes": MORE * profile.evaluation_episodes,
+    }
+    return Setting(profile.model_copy(update=changed), setting.data)
+
+
 def points(setting: Setting) -> Iterator[Point]:
     """Three robots × the profile's training seeds, trained in either precision and evaluated in either."""
     for task in TASKS:
         for seed in setting.profile.training_seeds:
-            usual = setting.expert(task, seed)
             for trained in PRECISIONS:
-                optimisation = usual.optimisation.model_copy(update={"precision": trained})
-                policy = usual.model_copy(update={"optimisation": optimisation})
                 for acting in PRECISIONS:
-                    once = setting.evaluate(policy, task)
-                    often = once.model_copy(update={"precision": acting, "episodes": MORE * once.episodes})
-                    labels = {"task": task, "trained": trained, "acting": acting, "seed": seed}
-                    yield Point(labels=labels, evaluation=often)
+                    varied = in_precision(setting, trained, acting)
+                    policy = varied.expert(task, seed)
+                    yield varied.point(policy, task, trained=trained, acting=acting, seed=seed)
 
 
 def _bfloat16_costs_little(statement: str, in_float32: Where, in_bfloat16: Where) -> Claim:

@@ -5,12 +5,13 @@ import signal
 
 def main() -> None:
     """Run the command line."""
-    former = signal.getsignal(signal.SIGINT)
-    if former is signal.default_int_handler:  # what takes a second to import ends at Ctrl-C without a traceback
+    by_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if by_default:  # what takes a second to import ends at Ctrl-C without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from orchestrator.cli import app
 
-    signal.signal(signal.SIGINT, former)
+    if by_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app()
 
 

@@ -72,9 +72,9 @@ TextOption = Annotated[
 ]
 
 RESULTS = "results"
-INTERRUPTED = 130  # as shells have it of what Ctrl-C ended
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_EXIT_INTERRUPTED = 130
 
 
 class Courteous(TyperGroup):
@@ -90,7 +90,7 @@ class Courteous(TyperGroup):
             _leave(sentence(error))
         except KeyboardInterrupt:
             print("interrupted; the same command resumes", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(_EXIT_INTERRUPTED) from None
         except OSError as error:
             if error.errno in _DISK_FULL:
                 _leave(f"no space left to write {error.filename or ''}: make room and run the same command again")

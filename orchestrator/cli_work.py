@@ -52,18 +52,16 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     seconds = estimate(planned, tables, cores)
     table = RichTable("", "to compute", "of", "already there", "about")
 
-    def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: str) -> None:
-        table.add_row(name, f"{len(recipes):,}", size, stored, _minutes(seconds[kind]))
+    def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: int) -> None:
+        table.add_row(name, f"{len(recipes):,}", size, f"{stored:,}", _minutes(seconds[kind]))
 
-    recorded, stored = f"{planned.recorded_episodes:,} episodes", f"{planned.stored_recordings:,}"
-    line("recordings", "recording", planned.recordings, recorded, stored)
-    steps, stored = f"{planned.gradient_steps:,} steps", f"{len(planned.stored_trainings):,}"
-    line("trainings", "train", planned.trainings, steps, stored)
+    recorded, steps = f"{planned.recorded_episodes:,} episodes", f"{planned.gradient_steps:,} steps"
+    line("recordings", "recording", planned.recordings, recorded, planned.stored_recordings)
+    line("trainings", "train", planned.trainings, steps, len(planned.stored_trainings))
     if planned.fishers or planned.stored_fishers:
-        batches, stored = sum(each.batches for each in planned.fishers), f"{len(planned.stored_fishers):,}"
-        line("estimates", "fisher", planned.fishers, f"{batches:,} batches", stored)
-    rolled_out, stored = f"{planned.episodes:,} episodes", f"{planned.stored_evaluations:,}"
-    line("evaluations", "evaluate", planned.evaluations, rolled_out, stored)
+        batches = f"{sum(each.batches for each in planned.fishers):,} batches"
+        line("estimates", "fisher", planned.fishers, batches, len(planned.stored_fishers))
+    line("evaluations", "evaluate", planned.evaluations, f"{planned.episodes:,} episodes", planned.stored_evaluations)
     known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
     table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
     console.print(table)
