@@ -13,8 +13,10 @@ from orchestrator import cli_data
 from orchestrator.cli_options import (
     RESULTS,
     AddressOption,
+    Asked,
     Courteous,
     DataOption,
+    InitLargeOption,
     InitOption,
     ProfileOption,
     ResultsOption,
@@ -24,8 +26,6 @@ from orchestrator.cli_options import (
     console,
     experiments_of,
     numbers,
-    repeat_options,
-    setting_of,
 )
 from orchestrator.data_choice import RECORDED
 from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, experiments, get_experiment, merged
@@ -78,12 +78,13 @@ def plan(
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
     init: InitOption = None,
+    init_large: InitLargeOption = None,
     text: TextOption = None,
 ) -> None:
     """What a run would compute, how long it may take, and what is already there."""
     from orchestrator.cli_work import show_plan
 
-    setting = setting_of(profile, data, seeds, results, init, text)
+    setting = Asked(profile, results, data, seeds, init, init_large, text).setting
     show_plan([point for each in experiments_of(names) for point in each.points(setting)], Store(results))
 
 
@@ -95,6 +96,7 @@ def run(
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
     init: InitOption = None,
+    init_large: InitLargeOption = None,
     text: TextOption = None,
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -102,13 +104,12 @@ def run(
     """Compute experiments; what is already there is not computed again."""
     from orchestrator.cli_work import compute, show_answers
 
-    setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names)
-    store = Store(results)
+    asked, chosen = Asked(profile, results, data, seeds, init, init_large, text), experiments_of(names)
+    setting, store = asked.setting, Store(results)
     compute(chosen, setting, store, address, workers)
     show_answers(chosen, setting, store)
-    options = repeat_options(profile, data, seeds, results, init, text)
     console.print(f"rows:    {store.place.address_at('tables')}", soft_wrap=True, highlight=False)
-    console.print(f"figures: mergedt report {' '.join(names)} {options}", soft_wrap=True, highlight=False)
+    console.print(f"figures: mergedt report {' '.join(names)} {asked.again}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -132,7 +133,7 @@ def sweep(
     from orchestrator.answers import baseline
     from orchestrator.cli_work import compute, show_answers
 
-    setting = setting_of(profile, data, seeds, results)
+    setting = Asked(profile, results, data, seeds).setting
     _check_tasks(target, *source)
     weights = _weights(alpha, source)
     if figure is not None and figure.suffix.lower() != ".png":
@@ -180,6 +181,7 @@ def search(
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
     init: InitOption = None,
+    init_large: InitLargeOption = None,
     text: TextOption = None,
     address: AddressOption = None,
     workers: WorkersOption = None,
@@ -187,7 +189,7 @@ def search(
     """Search an experiment's coefficients with Optuna instead of running its whole grid; resumes from the tables."""
     from orchestrator.cli_work import show_search
 
-    setting = setting_of(profile, data, seeds, results, init, text)
+    setting = Asked(profile, results, data, seeds, init, init_large, text).setting
     show_search(
         get_experiment(name), setting, Store(results), address, workers,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives="each" if each else "mean",
@@ -313,6 +315,7 @@ def report(
     data: DataOption = RECORDED,
     seeds: SeedsOption = None,
     init: InitOption = None,
+    init_large: InitLargeOption = None,
     text: TextOption = None,
     output: Annotated[
         Path | None,
@@ -322,11 +325,11 @@ def report(
     """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
     from orchestrator.report import write_report
 
-    setting, chosen = setting_of(profile, data, seeds, results, init, text), experiments_of(names or ["all"])
+    asked, chosen = Asked(profile, results, data, seeds, init, init_large, text), experiments_of(names or ["all"])
     store = Store(results)
     named = [] if chosen == experiments_of(["all"]) else [experiment.name for experiment in chosen]
     folder = output or store.root / "-".join(["report", *named])
-    path = write_report(chosen, setting, store, folder, repeat_options(profile, data, seeds, results, init, text))
+    path = write_report(chosen, asked.setting, store, folder, asked.again)
     if output is None:
         store.place.push(folder)
     console.print(str(path), soft_wrap=True, highlight=False)
@@ -364,7 +367,7 @@ def video(
     """Film a policy, merged or as trained."""
     from orchestrator.cli_work import film
 
-    setting = setting_of(profile, data, str(seed), results)
+    setting = Asked(profile, results, data, str(seed)).setting
     _check_tasks(target, *([source] if source else []))
     policy = (
         _merge(setting, target, [source], group, alpha, seed, quality)

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -66,9 +68,15 @@ InitOption = Annotated[
     str | None,
     typer.Option("--init", help="GPT-2 of others that policies begin as in Table III: a Hugging Face folder or id."),
 ]
+InitLargeOption = Annotated[
+    str | None, typer.Option("--init-large", help="The same for the larger trunk of Table IV, as gpt2.")
+]
 TextOption = Annotated[
     str | None,
-    typer.Option("--text", help="What language models are pre-trained on: a folder, or hf:<dataset>/<configuration>."),
+    typer.Option(
+        "--text",
+        help="What language models are pre-trained on: `docstrings`, a folder, or hf:<dataset>/<configuration>.",
+    ),
 ]
 
 RESULTS = "results"
@@ -128,14 +136,32 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise UserError(f"{option} takes whole numbers separated by commas, as in 0,1,2: {text!r} given") from None
 
 
-def setting_of(
-    profile: str, data: str, seeds: str | None, results: str, init: str | None = None, text: str | None = None
-) -> Setting:
-    """The setting that the options describe."""
-    chosen = get_profile(profile).begun_as(init, text)
-    if seeds is not None:
-        chosen = chosen.with_seeds(integers(seeds, "--seeds"))
-    return Setting(chosen, choose_data(data, Store(results).datasets))
+@dataclass(frozen=True)
+class Asked:
+    """The options that say which setting, and where its results are."""
+
+    profile: str
+    results: str = RESULTS
+    data: str = RECORDED
+    seeds: str | None = None
+    init: str | None = None
+    init_large: str | None = None
+    text: str | None = None
+
+    @property
+    def setting(self) -> Setting:
+        """The setting that they describe."""
+        chosen = get_profile(self.profile).begun_as(self.init, self.init_large, self.text)
+        if self.seeds is not None:
+            chosen = chosen.with_seeds(integers(self.seeds, "--seeds"))
+        return Setting(chosen, choose_data(self.data, Store(self.results).datasets))
+
+    @property
+    def again(self) -> str:
+        """As they are typed, for sentences that say what to run."""
+        named = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        given = {name: value for name, (value, usual) in named.items() if value != usual}
+        return " ".join(f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in given.items())
 
 
 def experiments_of(names: Sequence[str]) -> list[Experiment]:
@@ -146,14 +172,3 @@ def experiments_of(names: Sequence[str]) -> list[Experiment]:
 
 def _all() -> list[str]:
     return [name for name in experiments() if name != "demo"]
-
-
-def repeat_options(
-    profile: str, data: str, seeds: str | None, results: str, init: str | None = None, text: str | None = None
-) -> str:
-    """The options that give the same setting again, for sentences that say what to run."""
-    options = [f"--profile {profile}"]
-    options += [f"--data '{data}'"] * (data != RECORDED) + [f"--seeds {seeds}"] * (seeds is not None)
-    options += [f"--init {init}"] * (init is not None) + [f"--text {text}"] * (text is not None)
-    options += [f"--results {results}"] * (results != RESULTS)
-    return " ".join(options)

@@ -184,7 +184,7 @@ def _make(
         trainings = [artefact for artefact in wave if isinstance(artefact, Job)]
         if others:
             with phase(console, "estimates", len(others), "of them") as shown:
-                failures += compute_all(others, store, phase=shown)
+                failures += compute_all(others, store, slots=slots, phase=shown)
         if trainings:
             with phase(console, "trainings", sum(each.optimisation.steps for each in trainings), "steps") as shown:
                 failures += train_all(

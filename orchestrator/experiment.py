@@ -13,10 +13,11 @@ from typing import Literal
 
 from dt.errors import unknown
 from dt.frozen import Frozen
+from dt.language.corpus import DOCSTRINGS
 from dt.model.architecture import Architecture
 from dt.training.harmony import Harmony
 from orchestrator.data_choice import RECORDED, DataChoice
-from orchestrator.profiles import MODEL, LanguageBudget, Profile
+from orchestrator.profiles import LanguageBudget, Profile
 from orchestrator.recipes import (
     AnyPolicy,
     Assemble,
@@ -30,6 +31,7 @@ from orchestrator.recipes import (
     Merge,
     Pretrain,
     Quality,
+    Text,
     Train,
     Trained,
     TrainTogether,
@@ -123,7 +125,8 @@ class Setting:
 
         regularised: λ3, co_trained: λ2. Its seed is not the language model's: all begin from one and the same.
         """
-        start = language(self.profile.large_language if large else self.profile.language)
+        budget = self.profile.large_language if large else self.profile.language
+        start = language(budget)
         return Train(
             dataset=self.data.dataset(task, quality, self.profile),
             architecture=start.architecture.model_copy(update={"context": self.profile.architecture.context}),
@@ -134,6 +137,7 @@ class Setting:
                 cosine=COSINE,
                 cosine_decay=max(1, self.profile.optimisation.steps // COSINE_SHARE),
                 language=co_trained,
+                text=_co_training_text(budget) if co_trained else None,
                 distance=regularised,
             ),
         )
@@ -201,12 +205,12 @@ def mean_of(
 
 
 def language(budget: LanguageBudget) -> Language:
-    """The language model of a budget: pre-trained here, or taken as it is where the source says `model:`."""
-    if budget.source.startswith(MODEL):
-        return _imported(budget.source.removeprefix(MODEL), budget.clusters)
+    """The language model of a budget: pre-trained here, or taken as it is."""
+    if budget.model is not None:
+        return _imported(budget.model, budget.clusters)
     return Pretrain(
-        corpus=budget.source,
-        corpus_hash=None if budget.source == "docstrings" else _text_hash(budget.source, budget.characters),
+        corpus=budget.text,
+        corpus_hash=None if budget.text == DOCSTRINGS else _text_hash(budget.text, budget.characters),
         characters=budget.characters,
         vocabulary=budget.vocabulary,
         block=budget.block,
@@ -214,6 +218,14 @@ def language(budget: LanguageBudget) -> Language:
         architecture=budget.architecture,
         optimisation=budget.optimisation,
     )
+
+
+def _co_training_text(budget: LanguageBudget) -> Text | None:
+    """The budget's text for a model that is taken as it is; one that is pre-trained here goes on with its own."""
+    if budget.model is None or budget.text == DOCSTRINGS:
+        return None
+    content = _text_hash(budget.text, budget.characters)
+    return Text(corpus=budget.text, corpus_hash=content, characters=budget.characters, block=budget.block)
 
 
 @cache

@@ -21,6 +21,7 @@ from orchestrator.recipes import (
     Perturb,
     Pretrain,
     Recipe,
+    Text,
     Train,
     TrainTogether,
     Vote,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dt.data.trajectories import Trajectories
+    from dt.language.corpus import Corpus
     from dt.language.model import LanguageModel
     from dt.merging.merge import Fisher as FisherEstimate
     from dt.model.policy import Policy
@@ -162,7 +164,7 @@ def finish(recipe: Job, result: Policy | LanguageModel) -> Policy | LanguageMode
     return result
 
 
-def compute(recipe: Fisher | ImportLanguage, store: Store) -> FisherEstimate | LanguageModel:
+def compute(recipe: Fisher | ImportLanguage, store: Store, device: str) -> FisherEstimate | LanguageModel:
     """What takes no gradient steps."""
     from dt.language.model import from_hugging_face
     from dt.merging.fisher import estimate
@@ -179,6 +181,7 @@ def compute(recipe: Fisher | ImportLanguage, store: Store) -> FisherEstimate | L
         batches=recipe.batches,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
+        device=device,
     )
 
 
@@ -209,9 +212,9 @@ def _auxiliaries(recipe: Train, language: LanguageModel | None) -> Sequence[Auxi
     if chosen.cosine:
         losses.append(CosineToClusters(language.clusters, chosen.cosine, chosen.cosine_decay))
     if chosen.language:
-        text, block = _text(recipe.language)
+        text, block = _text(recipe.language, chosen.text)
         tokens = Tokenizer(language.tokenizer).encode(text)
-        losses.append(CoTraining(language, tokens, chosen.language, chosen.sequences, block))
+        losses.append(CoTraining(language, tokens, chosen.language, chosen.sequences, block, chosen.language_decay))
     return [*losses, *_distance(chosen, language.trunk, recipe)]
 
 
@@ -223,26 +226,33 @@ def _distance(chosen: Auxiliaries | None, start: Mapping[str, Tensor], recipe: T
     return [DistanceToStart(recipe.architecture, start, chosen.distance, chosen.distance_formula)]
 
 
-def _text(language: Language) -> tuple[Sequence[str], int]:
-    """The documents and the block length of co-training: the language model's own; for an imported one, docstrings."""
+def _text(language: Language, given: Text | None) -> tuple[Sequence[str], int]:
+    """The documents and the block length of co-training."""
     from dt.language.blocks import BLOCK
     from dt.language.corpus import DOCSTRINGS, read_corpus
 
-    if isinstance(language, Pretrain):
-        return read_corpus(language.corpus, language.characters).documents, language.block
-    return read_corpus(DOCSTRINGS).documents, BLOCK
+    source = given or (language if isinstance(language, Pretrain) else None)
+    if source is None:
+        return read_corpus(DOCSTRINGS).documents, BLOCK
+    return _corpus(source).documents, source.block
+
+
+def _corpus(source: Pretrain | Text) -> Corpus:
+    from dt.language.corpus import read_corpus
+
+    corpus = read_corpus(source.corpus, source.characters)
+    if source.corpus_hash is not None and corpus.content_hash != source.corpus_hash:
+        raise UserError(
+            f"the text {source.corpus} has changed: restore it, or run the command again to use the new one"
+        )
+    return corpus
 
 
 def _begin_pretraining(recipe: Pretrain, identity: Mapping[str, str], device: str) -> TrainingState[LanguageModel]:
-    from dt.language.corpus import read_corpus
     from dt.language.pretrain import pretrain
     from dt.language.tokenizer import Tokenizer
 
-    corpus = read_corpus(recipe.corpus, recipe.characters)
-    if recipe.corpus_hash is not None and corpus.content_hash != recipe.corpus_hash:
-        raise UserError(
-            f"the text {recipe.corpus} has changed: restore it, or run the command again to use the new one"
-        )
+    corpus = _corpus(recipe)
     tokenizer = Tokenizer.trained(corpus.documents, recipe.vocabulary)
     return pretrain(
         tokenizer.encode(corpus.documents),

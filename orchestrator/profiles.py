@@ -8,11 +8,12 @@ from pydantic import Field, field_validator
 
 from dt.errors import UserError, unknown
 from dt.frozen import Frozen
+from dt.language.corpus import DOCSTRINGS
 from dt.merging.groups import Granularity
 from dt.model.architecture import BASE, GPT2_SMALL, WIDE, Architecture
 from dt.training.optimisation import Optimisation, Precision
 
-MODEL = "model:"  # before the folder or hub id of a language model that is taken as it is
+WIKITEXT = "hf:Salesforce/wikitext/wikitext-103-raw-v1"  # the paper's
 
 
 class LanguageBudget(Frozen):
@@ -24,7 +25,8 @@ class LanguageBudget(Frozen):
     block: int = Field(256, gt=0)  # tokens a sequence
     clusters: int = Field(1_000, gt=0)
     optimisation: Optimisation
-    source: str = "docstrings"  # a folder of text, hf:<dataset>/<configuration>, or model:<Hugging Face folder or id>
+    text: str = DOCSTRINGS  # or a folder of text, or hf:<dataset>/<configuration>
+    model: str | None = None  # Hugging Face folder or hub id of a model that is taken as it is: none is trained on text
 
 
 class Profile(Frozen):
@@ -69,19 +71,23 @@ class Profile(Frozen):
             raise ValueError("alpha must lie in [0, 1]")
         return alphas
 
-    def begun_as(self, init: str | None, text: str | None) -> "Profile":
+    def begun_as(self, init: str | None = None, init_large: str | None = None, text: str | None = None) -> "Profile":
         """The same budget with other language models to begin from.
 
-        init: a Hugging Face folder or hub id whose weights take the small one's place unchanged; text: what both are
-        pre-trained on instead, a folder of text or hf:<dataset>/<configuration>. The name says so.
+        init, init_large: Hugging Face folders or hub ids whose weights take the small and the larger one's place
+        unchanged; text: what is read instead, a folder of text or hf:<dataset>/<configuration>, by the models that are
+        pre-trained here and in co-training. The name says so.
         """
         small, large, name = self.language, self.large_language, self.name
         if text is not None:
-            small, large = (budget.model_copy(update={"source": text}) for budget in (small, large))
+            small, large = (budget.model_copy(update={"text": text}) for budget in (small, large))
             name += f"-text-{_word(text)}"
         if init is not None:
-            small = small.model_copy(update={"source": f"{MODEL}{init}"})
+            small = small.model_copy(update={"model": init})
             name += f"-init-{_word(init)}"
+        if init_large is not None:
+            large = large.model_copy(update={"model": init_large})
+            name += f"-large-{_word(init_large)}"
         return self.model_copy(update={"language": small, "large_language": large, "name": name})
 
     def with_seeds(self, seeds: Sequence[int]) -> "Profile":
@@ -188,7 +194,7 @@ _ALL = (
         granularity="fine",
         language=_LANGUAGE.model_copy(
             update={
-                "source": "hf:Salesforce/wikitext/wikitext-103-raw-v1",
+                "text": WIKITEXT,
                 "characters": 600_000_000,
                 "vocabulary": 50_257,
                 "block": 1_000,
@@ -196,7 +202,7 @@ _ALL = (
             }
         ),
         large_language=LanguageBudget(
-            architecture=GPT2_SMALL, source="model:gpt2", optimisation=_LANGUAGE.optimisation
+            architecture=GPT2_SMALL, text=WIKITEXT, model="gpt2", optimisation=_LANGUAGE.optimisation
         ),
     ),
 )

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from dt.errors import UserError
 from dt.frozen import Frozen
+from dt.language.corpus import DOCSTRINGS
 from dt.merging.groups import parameters_of
 from dt.model.architecture import Architecture
 from dt.tasks import get_task
@@ -131,7 +132,7 @@ class Pretrain(Recipe):
     """A GPT-2-style language model trained here, from whose blocks and position table policies can begin (§VI)."""
 
     kind: Literal["pretrain"] = "pretrain"
-    corpus: str = "docstrings"  # or a folder of text, or hf:<dataset id>/<configuration>
+    corpus: str = DOCSTRINGS  # or a folder of text, or hf:<dataset id>/<configuration>
     corpus_hash: str | None = None  # pins a corpus of others; the docstrings are this machine's
     characters: int = Field(gt=0)  # of the corpus, at most
     vocabulary: int = Field(gt=0)
@@ -156,13 +157,24 @@ class ImportLanguage(Recipe):
 Language = Annotated[Pretrain | ImportLanguage, Field(discriminator="kind")]
 
 
+class Text(Frozen):
+    """What co-training reads, pinned by its content, as `Pretrain` has it."""
+
+    corpus: str
+    corpus_hash: str
+    characters: int = Field(gt=0)
+    block: int = Field(gt=0)
+
+
 class Auxiliaries(Frozen):
     """Losses added to the action error (eq. 5): λ1 cosine to token clusters, λ2 language, λ3 distance to the start."""
 
     cosine: float = Field(0.0, ge=0)
     cosine_decay: int | None = Field(5_000, gt=0)  # T of the sigmoid schedule; None: constant
     language: float = Field(0.0, ge=0)
+    language_decay: int | None = Field(None, gt=0)  # steps over which λ2 falls linearly to 0; None: constant
     sequences: int = Field(2, gt=0)  # of text a step
+    text: Text | None = None  # None: what the language model learnt from; where that is not known, docstrings
     distance: float = Field(0.0, ge=0)
     distance_formula: Literal["sum of norms", "norm"] = "sum of norms"  # the original code's, the paper's
 

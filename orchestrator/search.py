@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from statistics import mean
 from typing import TYPE_CHECKING, Literal, cast
 
 from dt.errors import UserError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 Objectives = Literal["mean", "each"]
 HELD_OUT = 1_000_000  # added to the evaluation seed: starts that no trial has seen
 SAMPLERS = ("tpe", "random", "nsga2")
+UNDEFINED = "that score nothing before they are merged"  # of which a share means nothing
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Trial:
 
     number: int
     parameters: Mapping[str, Label]
-    values: Mapping[str, Sample]  # objective → what the trial reached
+    values: Mapping[str, Sample]  # objective → what the trial reached; without those of policies that score nothing
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,14 @@ def run_search(
         reached = evaluate(search, chosen, setting, store, settings, console, objectives)
         for trial in asked:
             values = reached[trial.number]
-            study.tell(trial, [values[name].value for name in names])
+            if values.keys() >= set(names):
+                study.tell(trial, [values[name].value for name in names])
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
             done[trial.number] = Trial(trial.number, chosen[trial.number], values)
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
+    if not any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.trials):
+        raise UserError(f"no trial of {experiment.name} keeps anything of policies {UNDEFINED}: train them for longer")
     best = [_first_alike(trial, done) for trial in study.best_trials]
     again = {trial.number: dict(trial.parameters) for trial in best}
     elsewhere = evaluate(search, again, setting, store, settings, console, objectives, shift=HELD_OUT)
@@ -122,7 +130,7 @@ def evaluate(
     *,
     shift: int = 0,
 ) -> dict[int, dict[str, Sample]]:
-    """Trial → objective → retention, computed where it is not in the tables yet.
+    """Trial → objective → retention where there is one, computed where it is not in the tables yet.
 
     shift: added to the seeds of the evaluations, for starts that no trial has seen.
     """
@@ -150,7 +158,8 @@ def evaluate(
     for cell in answer.cells:
         number = cell.labels["trial"]
         assert isinstance(number, int | float)
-        found[int(number)][str(cell.labels.get("target", "mean"))] = cell.estimates["retention"]
+        if "retention" in cell.estimates:
+            found[int(number)][str(cell.labels.get("target", "mean"))] = cell.estimates["retention"]
     return found
 
 
@@ -158,7 +167,7 @@ def describe(trial: Trial) -> str:
     """A trial in one line."""
     parameters = ", ".join(f"{name} {value}" for name, value in trial.parameters.items())
     values = ", ".join(f"{name} {sample.value:.3f}" for name, sample in trial.values.items())
-    return f"trial {trial.number}: {parameters}: retention {values}"
+    return f"trial {trial.number}: {parameters}: retention {values or f'undefined, of policies {UNDEFINED}'}"
 
 
 def _first_alike(trial: FrozenTrial, done: Mapping[int, Trial]) -> Trial:
@@ -167,5 +176,9 @@ def _first_alike(trial: FrozenTrial, done: Mapping[int, Trial]) -> Trial:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first, by the mean over objectives."""
-    return sorted(trials, key=lambda trial: -sum(s.value for s in trial.values.values()) / len(trial.values))
+    """Best first, by the mean over objectives; last those without."""
+
+    def worth(trial: Trial) -> float:
+        return mean(sample.value for sample in trial.values.values()) if trial.values else -inf
+
+    return sorted(trials, key=worth, reverse=True)

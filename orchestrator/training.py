@@ -134,13 +134,15 @@ def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
     return lanes
 
 
-def compute_all(recipes: Sequence[Fisher | ImportLanguage], store: Store, *, phase: Phase) -> list[Failure]:
-    """Compute and commit all of them; returns those that failed."""
+def compute_all(
+    recipes: Sequence[Fisher | ImportLanguage], store: Store, *, slots: Slots, phase: Phase
+) -> list[Failure]:
+    """Compute and commit all of them, each with a training's part of a GPU; returns those that failed."""
     import ray
 
     failures: list[Failure] = []
-    task = ray.remote(num_cpus=1, max_retries=MAX_FAILURES)(_compute)
-    place = {task.remote(recipe, store.address): recipe for recipe in recipes}
+    task = ray.remote(num_cpus=1, num_gpus=slots.gpu, max_retries=MAX_FAILURES)(_compute)
+    place = {task.remote(recipe, store.address, slots.gpu > 0): recipe for recipe in recipes}
     waiting = list(place)
     while waiting:
         (reference,), waiting = ray.wait(waiting)
@@ -153,7 +155,7 @@ def compute_all(recipes: Sequence[Fisher | ImportLanguage], store: Store, *, pha
     return failures
 
 
-def _compute(recipe: Fisher | ImportLanguage, results: str) -> None:
+def _compute(recipe: Fisher | ImportLanguage, results: str, on_gpu: bool) -> None:
     """In a Ray task: make it and commit it, for two that commit the same write the same; its row first, for nobody
     would write that once it is there."""
     import torch
@@ -162,8 +164,9 @@ def _compute(recipe: Fisher | ImportLanguage, results: str) -> None:
 
     torch.set_num_threads(1)
     store, started, clock = Store(results), datetime.now(UTC), time.perf_counter()
-    made = compute(recipe, store)
-    row = run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32")
+    device, gpu = _device(on_gpu)
+    made = compute(recipe, store, device)
+    row = run_row(recipe, started, time.perf_counter() - clock, threads=1, precision="float32", gpu=gpu)
     Tables(store.tables, store.place).append("runs", recipe.id, run_rows(row))
     store.save(recipe, made)
 
@@ -264,7 +267,7 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
     from orchestrator.making import begin, finish
 
     torch.set_num_threads(work.threads)
-    device, gpu = ("cuda", torch.cuda.get_device_name()) if work.gpu else ("cpu", None)
+    device, gpu = _device(work.gpu)
     folder = store.training_path(recipe)
     store.place.fetch(folder)
     begun: TrainingState[Any] = begin(recipe, store, device)
@@ -287,6 +290,13 @@ def _train(recipe: Job, store: Store, work: Lane) -> None:
     )
     size = None if isinstance(made, LanguageModel) else size_of(made).model_dump()
     store.save_trained(recipe, made, {"metrics": log.metrics, "size": size, "run": ran})
+
+
+def _device(on_gpu: bool) -> tuple[str, str | None]:
+    """Where torch is to compute, and that GPU's name."""
+    import torch
+
+    return ("cuda", torch.cuda.get_device_name()) if on_gpu else ("cpu", None)
 
 
 @dataclass(frozen=True)

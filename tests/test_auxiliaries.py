@@ -1,7 +1,7 @@
 """The auxiliary losses against their formulas in float64, and a run with all three that resumes bit for bit."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +172,44 @@ def test_a_run_with_all_three_resumes_bit_for_bit(tasks: list[str], tmp_path: Pa
     assert all(np.array_equal(array, expected[name]) for name, array in resumed.result().arrays().items())
     *_, without = run(training(tasks, text=0), log_every=3)
     assert not np.array_equal(without.result().arrays()["trunk.h.0.ln_1.weight"], expected["trunk.h.0.ln_1.weight"])
+
+
+class Quiet(torch.nn.Module):
+    """A loss of a user's own: how large the predicted actions are. What it learns is saved with the run."""
+
+    name = "quiet"
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.offset, self._strength = torch.nn.Parameter(torch.zeros(())), strength
+
+    def weight(self, step: int) -> float:
+        return self._strength if step < 4 else 0.0
+
+    def loss(
+        self, model: DecisionTransformer, seen: Mapping[str, tuple[Batch, Prediction]], rng: np.random.Generator
+    ) -> torch.Tensor:
+        del model, rng
+        return sum((predicted.actions - self.offset).square().mean() for _, predicted in seen.values())
+
+
+def test_a_loss_of_ones_own_takes_part_and_its_run_resumes(tmp_path: Path) -> None:
+    def begun(*losses: Auxiliary) -> TrainingState[Policy]:
+        return train(DATA, SMALL, QUICK, seed=0, auxiliaries=losses)
+
+    def weights(state: TrainingState[Policy]) -> torch.Tensor:
+        return torch.cat([tensor.flatten() for tensor in state.result().trunk.values()])
+
+    whole, plain = begun(Quiet(5.0)), begun()
+    whole.advance(3)
+    whole.save(tmp_path / "state")
+    assert whole.metrics["quiet"] > 0
+    resumed = begun(Quiet(5.0))
+    resumed.load(tmp_path / "state")
+    for state, steps in ((whole, 3), (resumed, 3), (plain, 6)):
+        state.advance(steps)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert not torch.equal(weights(whole), weights(plain))
 
 
 def test_training_begins_at_the_language_model() -> None:

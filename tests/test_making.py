@@ -7,18 +7,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 from toy import ARCHITECTURE, evaluation, expert, recording
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dt.behaviour.record import record
 from dt.errors import UserError
+from dt.merging.fisher import estimate, trace_normalised
 from dt.merging.groups import parameters_of
+from dt.merging.merge import merge
 from dt.model.architecture import Architecture
 from dt.model.policy import Policy
 from dt.model.size import size_of
 from dt.training.harmony import Harmony
 from dt.training.loop import run
 from dt.training.optimisation import Optimisation
-from orchestrator.making import begin, compute, finish, from_store, realise
+from orchestrator.data_choice import choose_data
+from orchestrator.experiment import Setting
+from orchestrator.making import begin, compute, finish, from_store, load_dataset, realise
 from orchestrator.messages import describe
+from orchestrator.profiles import get_profile
 from orchestrator.recipes import (
     AnyPolicy,
     Artefact,
@@ -27,6 +33,7 @@ from orchestrator.recipes import (
     FineTune,
     Fisher,
     FisherWeights,
+    ImportLanguage,
     Job,
     Merge,
     Pretrain,
@@ -119,7 +126,7 @@ def make(recipe: Recipe, store: Store) -> None:
             *_, last = run(begin(artefact, store, "cpu"))
             store.save(artefact, finish(artefact, last.result()))
         else:
-            store.save(artefact, compute(artefact, store))
+            store.save(artefact, compute(artefact, store, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +194,95 @@ def test_a_policy_begins_as_the_language_model(store: Store) -> None:
     assert (row["initialisation"], row["cosine"], row["co_training"], row["distance"]) == (
         "pretrained on docstrings", 0.1, 1.0, 1e-4,
     )  # fmt: skip
+
+
+@pytest.fixture
+def downloaded(tmp_path: Path, store: Store) -> tuple[Path, Path]:
+    """A GPT-2 of others in a Hugging Face folder, and a folder of text."""
+    folder, text = tmp_path / "gpt2", tmp_path / "text"
+    sizes = {"n_positions": 30, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, **sizes)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(store.load_language(LANGUAGE).tokenizer)
+    text.mkdir()
+    (text / "robots.txt").write_text("A robot hops, another one walks. " * 100)
+    return folder, text
+
+
+def test_a_policy_begins_as_a_model_of_others_and_goes_on_with_the_text_that_was_named(
+    downloaded: tuple[Path, Path], store: Store
+) -> None:
+    folder, text = downloaded
+    begun_as = get_profile("smoke").begun_as(init=str(folder), text=str(text))
+    small = begun_as.language.model_copy(update={"characters": 60_000, "clusters": 10, "block": 16})
+    profile = begun_as.model_copy(update={"language": small, "recorded_episodes": 3})
+    setting = Setting(profile, choose_data("recorded"))
+    assert profile.name == "smoke-text-text-init-gpt2"
+
+    recipe = setting.language_expert("hopper", 0, "medium", regularised=1e-4, co_trained=1.0)
+    assert isinstance(recipe.language, ImportLanguage)
+    assert recipe.auxiliaries.text.corpus == str(text)
+    assert setting.language_expert("hopper", 0, "medium").auxiliaries.text is None  # read by co-training alone
+    make(recipe, store)
+    policy, original = made_of(recipe, store), GPT2LMHeadModel.from_pretrained(folder).transformer
+    language = store.load_language(recipe.language)
+    start = begin(recipe, store, "cpu").result()
+    assert all(torch.equal(start.trunk[name], original.state_dict()[name]) for name in start.trunk)
+    assert torch.equal(start.heads["hopper"]["embed_timestep.weight"][:30], original.wpe.weight)
+    assert torch.equal(language.token_embedding, original.wte.weight)
+    assert not torch.equal(policy.trunk["h.0.mlp.c_fc.weight"], start.trunk["h.0.mlp.c_fc.weight"])
+    assert policy_row(recipe, size_of(policy)).to_pylist()[0]["initialisation"] == str(folder)
+
+    def language_loss(auxiliaries: Auxiliaries) -> float:
+        state = begin(recipe.model_copy(update={"auxiliaries": auxiliaries}), store, "cpu")
+        state.advance(1)
+        return state.metrics["language"]
+
+    named = recipe.auxiliaries
+    assert language_loss(named) != language_loss(named.model_copy(update={"text": None}))
+    (text / "robots.txt").write_text("Something else. " * 100)
+    with pytest.raises(UserError, match="has changed: restore it"):
+        language_loss(named)
+
+
+def test_the_larger_model_of_others_is_named_apart(downloaded: tuple[Path, Path]) -> None:
+    folder, text = downloaded
+    profile = get_profile("paper").begun_as(init_large=str(folder), text=str(text))
+    assert profile.name == "paper-text-text-large-gpt2"
+    setting = Setting(profile, choose_data("recorded"))
+    small, large = (setting.language_expert("hopper", 0, "medium", large=large).language for large in (False, True))
+    assert (small.kind, small.corpus) == ("pretrain", str(text))
+    assert (large.kind, large.source) == ("import-language", str(folder))
+    kept = get_profile("paper").begun_as(text=str(text)).large_language
+    assert kept.model == "gpt2"  # a text to pre-train on takes no model's place
+
+
+def test_every_option_of_a_recipe_reaches_the_mathematics(store: Store) -> None:
+    sources = [store.load_policy(each) for each in EXPERTS]
+    estimates = [store.load_fisher(each) for each in FISHERS]
+    plain = Merge(sources=EXPERTS, group=GROUP, fisher=FisherWeights(estimates=FISHERS, trace_normalised=False))
+    assert_same(made_of(plain, store), merge(sources, GROUP, fisher=estimates))
+    usual = Merge(sources=EXPERTS, group=GROUP, fisher=FisherWeights(estimates=FISHERS))
+    assert_same(made_of(usual, store), merge(sources, GROUP, fisher=[trace_normalised(each) for each in estimates]))
+    data = {"hopper": load_dataset(recording("hopper"), store)}
+    for variant in ("batch", "empirical", "exact"):
+        found = compute(FISHERS[0].model_copy(update={"variant": variant}), store, "cpu")
+        wanted = estimate(sources[0], data, variant=variant, batches=1, batch_size=4, seed=0)
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+    def metrics(**options: object) -> dict[str, float]:
+        chosen = Auxiliaries(distance=1e-9, language=1e-9).model_copy(update=options)
+        *_, last = run(begin(spoken("hopper").model_copy(update={"auxiliaries": chosen}), store, "cpu"), log_every=4)
+        return last.metrics
+
+    summed, at_once = metrics()["distance"], metrics(distance_formula="norm")["distance"]
+    assert 0 < at_once < summed  # of the same steps: so small a weight moves nothing
+    assert metrics()["language"] != metrics(sequences=1)["language"]
+    fading = metrics(language_decay=2)  # none is left for the last two of four steps
+    assert fading["language"] != metrics()["language"]
+
+
+def assert_same(one: Policy, other: Policy) -> None:
+    assert all(torch.equal(one.trunk[name], tensor) for name, tensor in other.trunk.items())
 
 
 def test_a_specialist_moves_its_own_part_alone(store: Store) -> None:

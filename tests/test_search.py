@@ -1,11 +1,13 @@
 """Searches over rows that are all there, so that what is asked, told and resumed is a function of the seed alone."""
 
 import io
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -18,7 +20,7 @@ from orchestrator.engine import Settings
 from orchestrator.experiment import Label, Point, Search, Setting, get_experiment
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Train
-from orchestrator.search import HELD_OUT, Outcome, Trial, make_sampler, ranked, run_search
+from orchestrator.search import HELD_OUT, Outcome, Trial, describe, make_sampler, ranked, run_search
 from orchestrator.store import Store
 
 SETTING = Setting(get_profile("smoke").model_copy(update={"evaluation_episodes": 5}), choose_data("recorded"))
@@ -88,6 +90,33 @@ def test_every_target_may_be_an_objective_of_its_own(store: Store) -> None:
         if not any(o[0] >= mine[0] and o[1] >= mine[1] and o != mine for o in values)
     }
     assert {tuple(trial.parameters.values()) for trial in outcome.best} == front
+
+
+def fallen(store: Store, folder: Path, evaluations: Collection[str] | None = None) -> Store:
+    """The same rows, but that the policies of these evaluations, or of all, score below nothing."""
+    rows, made = pq.read_table(store.tables / "episodes.parquet"), Store(folder)
+    hit = pc.is_in(rows["evaluation"], pa.array(evaluations if evaluations is not None else rows["evaluation"]))
+    scores = pc.if_else(hit, pc.negate(rows["score"]), rows["score"])
+    made.tables.mkdir(parents=True)
+    changed = rows.set_column(rows.schema.get_field_index("score"), "score", scores)
+    pq.write_table(changed, made.tables / "episodes.parquet")
+    return made
+
+
+def test_a_trial_of_policies_that_score_nothing_is_passed_over(store: Store, tmp_path: Path) -> None:
+    """Of nothing there is no share: those of λ3 = 0.001 fall over before they are merged."""
+    assert EXPERIMENT.search
+    points = EXPERIMENT.search.points(SETTING, PEAK | {"distance": 1e-3})
+    lame = fallen(store, tmp_path, [baseline(point.evaluation).id for point in points])
+    outcome = found(lame, trials=20, seed=1)
+    lost = [trial for trial in outcome.trials if trial.parameters["distance"] == 1e-3]
+    assert lost
+    assert not any(trial.values for trial in lost)
+    assert "undefined" in describe(lost[0])
+    assert all(trial.parameters["distance"] != 1e-3 for trial in outcome.best)
+    assert not ranked(outcome.trials)[-1].values
+    with pytest.raises(UserError, match="score nothing before they are merged: train them for longer"):
+        found(fallen(store, tmp_path / "all"), trials=3)
 
 
 def test_mistakes_are_named(store: Store) -> None:

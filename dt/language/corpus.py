@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from dt.errors import UserError
 from dt.language.hub import downloaded
 
@@ -134,6 +132,8 @@ def _hugging_face(name: str) -> Iterator[str]:
 
 def read_parquet(folder: Path) -> Iterator[str]:
     """Column `text` of `train*.parquet`, a string per row group. Raises UserError when there is none."""
+    import pyarrow.parquet as pq  # heavy, and seldom needed
+
     paths = sorted(folder.glob("train*.parquet"))
     if not paths:
         raise UserError(f"{folder.name!r} has no train*.parquet in that data set: check the configuration's name")
