@@ -13,3 +13,8 @@ DIFFERENCES = (  # of every experiment of the paper
     "Budget: as the profile says; 100,000 steps a policy in the paper.",
     "The last checkpoint is evaluated; the original keeps the best by the episodes that it reports.",
 )
+
+LIKELY = (  # why numbers are others than the paper's
+    "the data, which is of other behaviour than D4RL's, and no policy does better than its data; and the budget, the "
+    "profile's steps instead of 100,000."
+)

@@ -1,6 +1,7 @@
 """Our own: which findings depend on how long policies are trained? Where the paper's trends are missing, is it that?"""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Literal, TypeVar
 
 from experiments._pairs import TASKS
@@ -32,8 +33,7 @@ def fine_tuned(setting: Setting, seed: int, budget: float) -> Assemble:
 
 def points(setting: Setting) -> Iterator[Point]:
     """Experts of three robots with and without attention, and one policy for two robots; three budgets each."""
-    seed = setting.profile.sweep_seeds[0]
-    for budget in BUDGETS:
+    for seed, budget in product(setting.profile.sweep_seeds, BUDGETS):
         for task in TASKS:
             own = of_budget(setting.expert(task, seed), budget)
             removed = Perturb(policy=own, group="attention", how="removed")

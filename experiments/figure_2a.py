@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dt.merging.groups import units
-from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, ORDERED_PAIRS, TASKS
+from experiments._pairs import DIFFERENCES, LIKELY, LITTLE_DECREASE, ORDERED_PAIRS, TASKS
 from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
@@ -43,6 +43,7 @@ EXPERIMENT = Experiment(
     points=points,
     show=Figure(x="unit", series="alpha", kind="kind"),
     differences=DIFFERENCES,
+    likely=LIKELY,
     claims=(
         *(
             Claim(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dt.merging.groups import units as units_of
-from experiments._pairs import DIFFERENCES
+from experiments._pairs import DIFFERENCES, LIKELY
 from experiments._units import kind_of
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, merged
 
@@ -51,6 +51,7 @@ EXPERIMENT = Experiment(
     points=points,
     show=Figure(x="merged", series="target", panel="direction", ticks="last", kind="kind"),
     differences=DIFFERENCES,
+    likely=LIKELY,
     claims=(
         *(
             Claim(

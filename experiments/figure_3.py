@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, PAIRS
+from experiments._pairs import DIFFERENCES, LIKELY, LITTLE_DECREASE, PAIRS
 from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, Where, merged
 
 STILL_GOOD = 0.5  # "but we still see good results": at least half of the score
@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     points=points,
     show=Figure(x="alpha", series="target", panel="pair"),
     differences=DIFFERENCES,
+    likely=LIKELY,
     claims=(
         *(
             Claim(

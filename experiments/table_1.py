@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from experiments._pairs import DIFFERENCES, LITTLE_DECREASE, TASKS
+from experiments._pairs import DIFFERENCES, LIKELY, LITTLE_DECREASE, TASKS
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
 from orchestrator.recipes import Perturb, Quality, Train
 
@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
     points=points,
     show=Table(rows=("quality", "task"), column="attention"),
     differences=(*DIFFERENCES, ONES),
+    likely=LIKELY,
     claims=(
         *(_perturbed("hopper", q, f"hopper decreases when attention is perturbed ({q})", True) for q in QUALITIES),
         *(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from experiments._pairs import DIFFERENCES
+from experiments._pairs import DIFFERENCES, LIKELY
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
 from orchestrator.recipes import Assemble, Merge, Train
 
@@ -68,7 +68,9 @@ EXPERIMENT = Experiment(
     differences=(
         *DIFFERENCES,
         "The paper's sizes (33.18 %, 596K) fit no trunk of the published code; ours are counted from the weights.",
+        "The transformer size is that of one policy; of two originals the paper counts both.",
     ),
+    likely=LIKELY,
     claims=(
         *(
             _kept(f"{group}: {task} keeps at least {MOST:.0%}", f"{group}, {FINE_TUNED}", task, MOST)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from experiments._pairs import DIFFERENCES, TASKS
+from dt.training.harmony import Harmony
+from experiments._pairs import DIFFERENCES, LIKELY, TASKS
 from experiments.table_3 import DISTANCE, NEAR
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
 from orchestrator.recipes import AnyPolicy, Assemble, Auxiliaries, FineTune, TrainTogether
@@ -30,9 +31,12 @@ def fine_tuned(setting: Setting, base: TrainTogether, task: str) -> FineTune:
 
 def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Mapping[str, AnyPolicy]]]:
     """The rows of the table: a policy for each robot, the same one in all rows but that of the experts."""
-    base = setting.together(TASKS, seed, "medium", architecture=setting.profile.wide)
+    wide, harmony = setting.profile.wide, Harmony(interval=setting.profile.harmony_interval)
+    base = setting.together(TASKS, seed, "medium", architecture=wide)
     experts = tuple(fine_tuned(setting, base, task) for task in TASKS)
     yield "multi-task on medium", dict.fromkeys(TASKS, base)
+    masked = setting.together(TASKS, seed, "medium", architecture=wide, harmony=harmony)
+    yield "HarmoDT on medium", dict.fromkeys(TASKS, masked)
     yield "finetuned experts", {expert.task: expert for expert in experts}
     for method, fisher in (("mean", None), ("Fisher", setting.fisher)):
         merges = tuple(mean_of(expert, experts, GROUP, fisher) for expert in experts)
@@ -40,11 +44,12 @@ def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Mapping[s
 
 
 def points(setting: Setting) -> Iterator[Point]:
-    """Four configurations, three robots, as many bases as the profile has instances."""
-    for seed in range(setting.profile.instances):
-        for configuration, policies in configurations(setting, seed):
-            for task, policy in policies.items():
-                yield setting.point(policy, task, configuration=configuration, seed=seed)
+    """Five configurations, three robots, as many bases as the profile has instances."""
+    for seed in setting.profile.sweep_seeds:
+        for instance in setting.profile.instances_at(seed):
+            for configuration, policies in configurations(setting, instance):
+                for task, policy in policies.items():
+                    yield setting.point(policy, task, configuration=configuration, seed=seed, instance=instance)
 
 
 def _against_the_base(method: str, task: str, *, better: bool) -> Claim:
@@ -71,8 +76,11 @@ EXPERIMENT = Experiment(
         "In the original the heads of two of three robots stay at their random start, in the base and in the experts.",
         "Each expert's Fisher is estimated on its own expert data; the original's on all robots' medium data.",
         NEAR,
-        "The trunk is narrower at the profile `laptop` (512 wide in the paper): see the profile.",
+        "The trunk is narrower at the profile `laptop`: 256 wide, 3 blocks, 4 heads (512 wide in the paper).",
+        "A head has a time-step table of its own; the original's share one.",
+        "Fine-tuning decays the trunk's weights as the first training does; the original's does not.",
     ),
+    likely=LIKELY,
     claims=(
         Claim(
             statement="fine-tuning on expert data improves on the base",
@@ -80,6 +88,7 @@ EXPERIMENT = Experiment(
             expected="at least",
             bound=0.0,
             value="score",
+            likely=NARROW,
         ),
         Claim(
             statement="Fisher merging is better than the mean",
@@ -87,6 +96,7 @@ EXPERIMENT = Experiment(
             expected="at least",
             bound=0.0,
             value="score",
+            likely=NARROW,
         ),
         *(_against_the_base("Fisher", task, better=True) for task in TASKS),
         *(_against_the_base("mean", task, better=task == "halfcheetah") for task in TASKS),
@@ -96,6 +106,7 @@ EXPERIMENT = Experiment(
             expected="at least",
             bound=0.0,
             value="score",
+            likely=NARROW,
         ),
     ),
 )

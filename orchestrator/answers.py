@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dt.errors import UserError
-from orchestrator.estimates import Sample, constant, mean_of, sample_mean
-from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Where
+from dt.model.size import Size
+from orchestrator.estimates import Sample, constant, mean_of, sample_mean, standard_error
+from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Table, Where
 from orchestrator.recipes import Evaluate, Trained, dataset_of, origin
 from orchestrator.tables import Tables
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
+Run = tuple[Label, Label]  # training seed, and instance of what was made at it
+AVERAGE = "average"  # in the place of a label that a table averages over
 
 
 class Judgement(NamedTuple):
-    """A claim's number, what its interval says, and how many training seeds it is of."""
+    """A claim's number, what its interval says, and of how many runs it is."""
 
     sample: Sample
     verdict: Verdict
-    seeds: int
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Cell:
     labels: Mapping[str, Label]
     estimates: Mapping[Measure, Sample]  # only what could be computed
     episodes: int
-    seeds: int
-    size: float | None = None  # transformer size, as the paper counts it; None where it differs among the points
+    runs: int  # training seeds, and instances at each
+    errors: Mapping[Measure, float]  # standard error of the mean over the runs, where there are several
+    size: Size | None = None  # None where it differs among the points
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Answer:
     setting: Setting
     points: tuple[Point, ...]
     rows: Mapping[str, tuple[list[float], list[float]]]  # evaluation → its episodes' returns and scores
-    sizes: Mapping[str, float | None]  # policy → transformer size; not of all, in tables of older versions
+    sizes: Mapping[str, Size]  # of policies; not of all, in tables of older versions
     data_returns: Mapping[str, float]  # dataset → mean return of its episodes
 
     @cached_property
@@ -66,64 +70,78 @@ class Answer:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """One for each combination of the labels shown, in the order of the points.
+        """One for each combination of the labels shown, in the order of the points, averages last.
 
-        Over the training seeds all of whose rows are there; without estimates while there is none.
+        Over the runs all of whose rows are there; without estimates while there is none.
         """
-        shown = shown_labels(self.experiment)
+        shown, average = shown_labels(self.experiment), averaged_label(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
+        averages: dict[tuple[Label, ...], list[Point]] = {}
         for point in self.points:
             if _is_baseline_only(point, self.experiment):
                 continue
             groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
+            over = tuple(AVERAGE if name == average else point.labels[name] for name in shown)
+            averages.setdefault(over, []).append(point)
+        if average is not None:
+            groups |= averages
         return tuple(self._cell(dict(zip(shown, key, strict=True)), points) for key, points in groups.items())
 
     def judge(self, claim: Claim) -> Judgement | None:
-        """The claim's number and what it says, over the training seeds all of whose rows are there.
+        """The claim's number and what it says, over the runs all of whose rows are there.
 
         None where it cannot be computed.
         """
         terms = [(weight, select(self.points, where)) for weight, where in claim.terms]
-        partial = self._partial_seeds([point for _, points in terms for point in points], claim.value)
-        there = [(weight, [p for p in points if _seed(p) not in partial]) for weight, points in terms]
+        partial = self._partial_runs([point for _, points in terms for point in points], claim.value)
+        there = [(weight, [p for p in points if _run(p) not in partial]) for weight, points in terms]
         if not all(points for _, points in there):
             return None
         means = [mean_of([self._sample(point, claim.value) for point in points]) * weight for weight, points in there]
         total = sum(means[1:], start=means[0])
-        seeds = {_seed(point) for _, points in there for point in points}
-        return Judgement(total, verdict(total.interval, claim), len(seeds)) if total.finite else None
+        runs = {_run(point) for _, points in there for point in points}
+        return Judgement(total, verdict(total.interval, claim), len(runs)) if total.finite else None
 
     def _cell(self, labels: Mapping[str, Label], points: Sequence[Point]) -> Cell:
-        shown = self._of_whole_seeds(points, self.experiment.show.value) or self._of_whole_seeds(points, "score")
+        shown = self._of_whole_runs(points, self.experiment.show.value) or self._of_whole_runs(points, "score")
+        of_runs = self._of_runs(points)
         return Cell(
             labels=labels,
-            estimates=self._estimates(points),
+            estimates={measure: mean_of(samples) for measure, samples in of_runs.items()},
             episodes=sum(len(self.rows[point.evaluation.id][0]) for point in shown),
-            seeds=len({_seed(point) for point in shown}),
+            runs=len({_run(point) for point in shown}),
+            errors={
+                measure: standard_error([sample.value for sample in samples])
+                for measure, samples in of_runs.items()
+                if len(samples) > 1
+            },
             size=self._size(shown),
         )
 
-    def _partial_seeds(self, points: Sequence[Point], measure: Measure) -> set[Label]:
-        """The training seeds of which the measure of some point is not known."""
-        return {_seed(point) for point in points if not self._known(point, measure)}
+    def _partial_runs(self, points: Sequence[Point], measure: Measure) -> set[Run]:
+        """Those of which the measure of some point is not known."""
+        return {_run(point) for point in points if not self._known(point, measure)}
 
-    def _of_whole_seeds(self, points: Sequence[Point], measure: Measure) -> list[Point]:
-        partial = self._partial_seeds(points, measure)
-        return [point for point in points if _seed(point) not in partial]
+    def _of_whole_runs(self, points: Sequence[Point], measure: Measure) -> list[Point]:
+        partial = self._partial_runs(points, measure)
+        return [point for point in points if _run(point) not in partial]
 
-    def _size(self, points: Sequence[Point]) -> float | None:
+    def _size(self, points: Sequence[Point]) -> Size | None:
         sizes = {self.sizes.get(point.evaluation.policy.id) for point in points}
         return sizes.pop() if len(sizes) == 1 else None
 
-    def _estimates(self, points: Sequence[Point]) -> dict[Measure, Sample]:
+    def _of_runs(self, points: Sequence[Point]) -> dict[Measure, list[Sample]]:
+        """By measure, each run's mean over its points; without what is not defined for one of them."""
         measures: set[Measure] = {"return", "score", "retention", self.experiment.show.value}
-        there = {measure: self._of_whole_seeds(points, measure) for measure in measures}
-        means = {
-            measure: mean_of([self._sample(point, measure) for point in some])
-            for measure, some in there.items()
-            if some
-        }
-        return {measure: sample for measure, sample in means.items() if sample.finite}
+        found: dict[Measure, list[Sample]] = {}
+        for measure in measures:
+            runs: dict[Run, list[Sample]] = {}
+            for point in self._of_whole_runs(points, measure):
+                runs.setdefault(_run(point), []).append(self._sample(point, measure))
+            means = [mean_of(samples) for samples in runs.values()]
+            if means and all(sample.finite for sample in means):
+                found[measure] = means
+        return found
 
     def _known(self, point: Point, measure: Measure) -> bool:
         evaluation = point.evaluation
@@ -163,8 +181,8 @@ def answers(experiments: Sequence[Experiment], setting: Setting, tables: Tables)
         returns.append(row["return"])
         scores.append(row["score"])
     policies = {point.evaluation.policy.id for some in points.values() for point in some}
-    known = tables.some("policies", ["policy", "transformer_size"], among("policy", policies))
-    sizes = dict(zip(known["policy"].to_pylist(), known["transformer_size"].to_pylist(), strict=True))
+    known = tables.some("policies", where=among("policy", policies))
+    sizes = {row["policy"]: _size(row) for row in known.to_pylist() if row["transformer_size"] is not None}
     data = tables.some("datasets", ["dataset", "mean_return"])
     means = dict(zip(data["dataset"].to_pylist(), data["mean_return"].to_pylist(), strict=True))
     return [Answer(each, setting, points[each.name], rows, sizes, means) for each in experiments]
@@ -199,6 +217,11 @@ def shown_labels(experiment: Experiment) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
+def averaged_label(experiment: Experiment) -> str | None:
+    """The label over which a table has lines for the mean."""
+    return experiment.show.average if isinstance(experiment.show, Table) else None
+
+
 def select(points: Sequence[Point], where: Where) -> list[Point]:
     """The points whose labels take the given values. Raises UserError on a label that no point has."""
     for name in where:
@@ -226,8 +249,19 @@ def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
             return "agrees" if low <= claim.bound <= high else "disagrees"
 
 
-def _seed(point: Point) -> Label:
-    return point.labels.get("seed", 0)
+def _run(point: Point) -> Run:
+    return point.labels.get("seed", 0), point.labels.get("instance", 0)
+
+
+def _size(row: Mapping[str, Any]) -> Size:
+    """Of a policy, from its row."""
+    return Size(
+        shared=row["trunk_parameters"] - row["specific_parameters"],
+        specific=row["specific_parameters"],
+        heads=row["head_parameters"],
+        mask_bits=row["mask_bits"],
+        transformer=row["transformer_size"],
+    )
 
 
 def _is_baseline_only(point: Point, experiment: Experiment) -> bool:

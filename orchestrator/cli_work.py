@@ -151,15 +151,15 @@ def _table(each: Answer) -> RichTable:
         *labels,
         *(measure.replace("of_data", "of the data's mean return") for measure in measures),
         "episodes",
-        "seeds",
+        "runs",
     ):
         table.add_column(name)
     for cell in each.cells:
         table.add_row(
             *(spell(name, cell.labels[name]) for name in labels),
-            *(number(cell.estimates.get(measure), measure) for measure in measures),
+            *(number(cell.estimates.get(measure), measure, cell.errors.get(measure)) for measure in measures),
             str(cell.episodes),
-            str(cell.seeds),
+            str(cell.runs),
         )
     table.caption = "mean [95 % bootstrap interval]"
     if each.missing:

@@ -73,6 +73,11 @@ def constant(value: float) -> Sample:
     return Sample(value, np.full(DRAWS, value))
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of at least two values: their sample deviation / √n."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
 def mean_of(samples: Sequence[Sample]) -> Sample:
     """The mean over strata, each with the same weight."""
     if not samples:

@@ -71,6 +71,7 @@ class Table:
     rows: tuple[str, ...]
     column: str | None = None
     value: Measure = "score"
+    average: str | None = None  # a label of the rows, over which there is a line for the mean
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Claim:
 
     `at least` and `at most` agree when the whole interval is on that side of the bound and disagree when all of it is
     on the other; else they are inconclusive. `about` agrees when the paper's own number lies in the interval.
-    likely: why our rows may disagree, shown only where they do.
+    likely: why our rows may disagree, shown only where they do; the experiment's own reason unless given.
     """
 
     statement: str
@@ -272,6 +273,7 @@ class Experiment:
     show: Figure | Table
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()  # known ones between the paper's set-up and ours, where the results may differ by
+    likely: str = ""  # why cells may differ from the paper's, shown where some do
     search: Search | None = None
 
 

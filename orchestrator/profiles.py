@@ -45,12 +45,16 @@ class Profile(Frozen):
     evaluation_episodes: int = Field(25, gt=0)  # the paper's number (§V)
     evaluation_seed: int = Field(1_000_000, ge=0)  # episode i starts from this + i; far from the seeds of recordings
     evaluation_precision: Precision = "float32"
-    instances: int = Field(2, gt=0)  # of merge-freeze-finetune (Tables III, IV) and of multi-task policies
+    instances: int = Field(2, gt=0)  # of what is fine-tuned or trained together (Tables III to V), at a training seed
     language: LanguageBudget  # of the small trunk (ChibiT's part)
     large_language: LanguageBudget  # of the larger one (GPT-2's part, Table IV)
     wide: Architecture = WIDE  # of Table V
     harmony_interval: int = Field(500, gt=0)  # updates between two swaps of HarmoDT's masks
     fisher_batches: int = Field(750, gt=0)
+
+    def instances_at(self, seed: int) -> range:
+        """The seeds of the instances that are made at a training seed: others at every one."""
+        return range(seed * self.instances, (seed + 1) * self.instances)
 
     def in_turn(self, tasks: int) -> Optimisation:
         """Of HarmoDT, whose steps are one task's each: as many windows of every task as a single-task policy sees."""

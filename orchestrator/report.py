@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 
 import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
 from dt.files import write_atomically
-from orchestrator.answers import Answer, Cell, among, answers, shown_labels
+from orchestrator.answers import AVERAGE, Answer, Cell, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
-from orchestrator.paper import NUMBERS
+from orchestrator.paper import ALL_TASKS, NUMBERS, PaperNumber
 from orchestrator.recipes import closure
 from orchestrator.store import Store
 from orchestrator.tables import Tables
@@ -42,12 +43,20 @@ def write_report(experiments: Sequence[Experiment], setting: Setting, store: Sto
 # --- text -----------------------------------------------------------------------
 
 
-def number(sample: Sample | None, measure: Measure) -> str:
-    """A value with its interval: `0.98 [0.95, 1.01]`, or a dash where there is none."""
+def number(sample: Sample | None, measure: Measure, error: float | None = None) -> str:
+    """A value with its standard error over runs, if given, and its interval: `0.98 ± 0.02 [0.95, 1.01]`.
+
+    A dash where there is none.
+    """
     if sample is None:
         return "–"
-    value, low, high = (plain(each, measure) for each in (sample.value, *sample.interval))
-    return f"{value} [{low}, {high}]"
+    low, high = (plain(each, measure) for each in sample.interval)
+    return f"{with_error(sample.value, error, measure)} [{low}, {high}]"
+
+
+def with_error(value: float, error: float | None, measure: Measure) -> str:
+    """`0.98 ± 0.02`, or the value alone."""
+    return plain(value, measure) if error is None else f"{plain(value, measure)} ± {plain(error, measure)}"
 
 
 def plain(value: float, measure: Measure) -> str:
@@ -78,8 +87,9 @@ expected, and the likely reasons where ours disagree, which are guesses.
 * **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task.
 * **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5
   environments (the paper: v3 environments, D4RL's data). **Retention:** score / score of that policy before merging.
-* **Intervals:** {LEVEL:.0%}, stratified bootstrap over episodes. They cover the noise of evaluating the
-  trained policies at hand, not that of training again; where there are several training seeds each counts the same.
+* **Intervals:** in brackets, {LEVEL:.0%}, stratified bootstrap over episodes. They cover the noise of evaluating the
+  trained policies at hand, not that of training again. Of that, ± tells: the standard error of the mean over runs
+  (training seeds, or instances of what is made at one), which all count the same. Without it there is one run.
 {_hardware(found, tables)}"""
 
 
@@ -165,17 +175,20 @@ def _long_table(each: Answer) -> str:
     shown = each.experiment.show.value
     papers = [paper_value(each.experiment, cell) for cell in each.cells]
     with_paper = any(value is not None for value in papers)
-    with_size = any(cell.size is not None and cell.size != 1 for cell in each.cells)
+    with_size = any(cell.size is not None and cell.size.transformer != 1 for cell in each.cells)
+    with_paper_size = any(paper_size(each.experiment, cell) for cell in each.cells)
     header = [*labels, *(m.replace("of_data", "of the data's mean return") for m in measures)]
-    header += [f"paper's {shown}"] * with_paper + ["transformer size"] * with_size + ["episodes", "seeds"]
+    header += [f"paper's {shown}"] * with_paper + ["transformer size", "parameters in all"] * with_size
+    header += ["paper's transformer size"] * with_paper_size + ["episodes", "runs"]
     rows = [
         [
             *(spell(name, cell.labels[name]) for name in labels),
-            *(number(cell.estimates.get(measure), measure) for measure in measures),
+            *(number(cell.estimates.get(measure), measure, cell.errors.get(measure)) for measure in measures),
             *([plain(value, shown) if value is not None else "–"] * with_paper),
-            *([f"{cell.size:.2%}" if cell.size is not None else "–"] * with_size),
+            *([f"{cell.size.transformer:.2%}", f"{cell.size.total:,.0f}"] if cell.size else ["–", "–"]) * with_size,
+            *([f"{size:.2%}" if (size := paper_size(each.experiment, cell)) else "–"] * with_paper_size),
             str(cell.episodes),
-            str(cell.seeds),
+            str(cell.runs),
         ]
         for cell, value in zip(each.cells, papers, strict=True)
     ]
@@ -186,23 +199,32 @@ def _wide_table(each: Answer, show: Table) -> str:
     """Laid out like the paper's: ours with its interval, the paper's in bold beneath."""
     assert show.column is not None
     columns = list(dict.fromkeys(cell.labels[show.column] for cell in each.cells))
-    lines: dict[tuple[str, ...], dict[Label, str]] = {}
+    lines: dict[tuple[Label, ...], dict[Label, str]] = {}
     compared: list[bool] = []  # with the paper's number: whether that lies outside our interval
     for cell in each.cells:
-        paper = paper_value(each.experiment, cell)
-        ours, outside = number(cell.estimates.get(show.value), show.value), apart(each.experiment, cell)
+        paper, outside = paper_value(each.experiment, cell), apart(each.experiment, cell)
+        ours = number(cell.estimates.get(show.value), show.value, cell.errors.get(show.value))
         if paper is not None:
-            ours += f"<br>**paper {plain(paper, show.value)}**{' ' + APART if outside else ''}"
-        if outside is not None:
+            printed = with_error(paper, paper_error(each.experiment, cell), show.value)
+            ours += f"<br>**paper {printed}**{' ' + APART if outside else ''}"
+        if outside is not None and not _is_average(cell):
             compared.append(outside)
-        key = tuple(spell(name, cell.labels[name]) for name in show.rows)
-        lines.setdefault(key, {})[cell.labels[show.column]] = ours
+        lines.setdefault(tuple(cell.labels[name] for name in show.rows), {})[cell.labels[show.column]] = ours
+    # Averages come last: back to what they are of.
+    kept = [name for name in show.rows if name != show.average]
+    groups = list(dict.fromkeys(tuple(cell.labels[name] for name in kept) for cell in each.cells))
+    at = [i for i, name in enumerate(show.rows) if name in kept]
+    ordered = sorted(lines, key=lambda key: groups.index(tuple(key[i] for i in at)))
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
     written = markdown_table(
-        header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines.items())
+        header,
+        ([*map(spell, show.rows, key), *(lines[key].get(column, "–") for column in columns)] for key in ordered),
     )
+    if not compared:
+        return written
+    why = f" The likely reason: {each.experiment.likely}" if any(compared) and each.experiment.likely else ""
     many = f"{sum(compared)} of {len(compared)} cells"
-    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many})." if compared else written
+    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many}).{why}"
 
 
 def _agreement(each: Answer) -> str:
@@ -212,10 +234,10 @@ def _agreement(each: Answer) -> str:
         found = each.judge(claim)
         said = ("–", "–", "cannot be computed")
         if found:
-            said = (number(found.sample, claim.value), str(found.seeds), f"**{found.verdict}**")
+            said = (number(found.sample, claim.value), str(found.runs), f"**{found.verdict}**")
         rows.append((claim.statement, expected(claim), *said))
-        if found and found.verdict == "disagrees" and claim.likely:
-            reasons.setdefault(claim.likely, []).append(claim.statement)
+        if found and found.verdict == "disagrees" and (likely := claim.likely or each.experiment.likely):
+            reasons.setdefault(likely, []).append(claim.statement)
     title = "Agreement with the paper" if each.experiment.paper else "Expected"
     order = ordering(each)
     tau = (
@@ -225,7 +247,7 @@ def _agreement(each: Answer) -> str:
     )
     why = "".join(f"\n* {'; '.join(statements)}: {reason}" for reason, statements in reasons.items())
     why = f"\n\nWhere ours disagree, the likely reason:\n{why}" if why else ""
-    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "seeds", "verdict"), rows) + why + tau
+    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "runs", "verdict"), rows) + why + tau
 
 
 def expected(claim: Claim) -> str:
@@ -242,15 +264,40 @@ def expected(claim: Claim) -> str:
 
 
 def paper_value(experiment: Experiment, cell: Cell) -> float | None:
-    """What the paper prints for a cell, in the measure that the experiment shows."""
+    """What the paper prints for a cell, in the measure that the experiment shows; of an average, that of its cells."""
+    printed = _printed(experiment, cell, experiment.show.value)
+    return mean(number.value for number in printed) if printed else None
+
+
+def paper_error(experiment: Experiment, cell: Cell) -> float | None:
+    """The standard error that the paper prints with it."""
+    errors = [number.standard_error for number in _printed(experiment, cell, experiment.show.value)]
+    return errors[0] if len(errors) == 1 else None
+
+
+def paper_size(experiment: Experiment, cell: Cell) -> float | None:
+    """The size that the paper prints for a cell's configuration."""
+    printed = _printed(experiment, cell, "trunk size")
+    return printed[0].value if printed else None
+
+
+def _printed(experiment: Experiment, cell: Cell, metric: str) -> list[PaperNumber]:
+    """The paper's numbers of a cell: several where it is an average."""
     values = {str(value) for value in cell.labels.values()}
-    for printed in NUMBERS:
-        place = {printed.task, printed.configuration}
-        if printed.dataset is not None and "quality" in cell.labels:
-            place.add(printed.dataset)
-        if (printed.experiment, printed.metric) == (experiment.name, experiment.show.value) and place <= values:
-            return printed.value
-    return None
+
+    def fits(number: PaperNumber) -> bool:
+        place = {number.configuration}
+        if number.task != ALL_TASKS and not _is_average(cell):
+            place.add(number.task)
+        if number.dataset is not None and "quality" in cell.labels:
+            place.add(number.dataset)
+        return (number.experiment, number.metric) == (experiment.name, metric) and place <= values
+
+    return [number for number in NUMBERS if fits(number)]
+
+
+def _is_average(cell: Cell) -> bool:
+    return AVERAGE in cell.labels.values()
 
 
 def apart(experiment: Experiment, cell: Cell) -> bool | None:
@@ -270,7 +317,8 @@ def ordering(each: Answer) -> tuple[float, int] | None:
     pairs = [
         (paper, ours.value)
         for cell in each.cells
-        if (paper := paper_value(each.experiment, cell)) is not None
+        if not _is_average(cell)
+        and (paper := paper_value(each.experiment, cell)) is not None
         and (ours := cell.estimates.get(each.experiment.show.value)) is not None
     ]
     if len(pairs) < 2:

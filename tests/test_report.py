@@ -16,10 +16,11 @@ from scipy import stats
 from dt.behaviour.record import record
 from dt.data.sources import load_recorded
 from dt.merging.groups import units
+from dt.model.size import Size
 from dt.scores import bootstrap_interval, retention_interval
 from dt.tasks import get_task
 from experiments._units import kind_of
-from orchestrator.answers import Answer, Cell, answers, baseline, verdict
+from orchestrator.answers import AVERAGE, Answer, Cell, answers, baseline, verdict
 from orchestrator.data_choice import choose_data
 from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
@@ -27,7 +28,7 @@ from orchestrator.experiment import Claim, Point, Setting, experiments, get_expe
 from orchestrator.paper import NUMBERS
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Recording, Train
-from orchestrator.report import number, ordering, paper_value, write_report
+from orchestrator.report import _long_table, number, ordering, paper_value, write_report
 from orchestrator.store import Store
 from orchestrator.tables import SCHEMAS, Tables
 
@@ -109,7 +110,7 @@ BEFORE_MERGING = {"table_3": "single-task", "table_4": "{trunk}, before merging"
 
 
 def printed_share(experiment: str, point: Point) -> float:
-    """Of a table's cell: the retention the paper prints, or the score as a share of the one before; ours: 0.8."""
+    """Of a table's cell: the retention the paper prints, or the score as a share of the one before; ours: as hoped."""
     labels = point.labels
     configuration = str(labels.get("configuration", labels.get("policy")))
     of = {"task": labels["task"], "dataset": labels.get("quality")}
@@ -123,7 +124,7 @@ def printed_share(experiment: str, point: Point) -> float:
 
     value = number_of(configuration)
     if value is None:
-        return 0.8
+        return 1.2 if configuration == "HarmoDT" else 0.8
     if experiment == "table_2":
         return value
     before = number_of(BEFORE_MERGING[experiment].format(trunk=configuration.split(",")[0]))
@@ -212,6 +213,9 @@ def test_in_the_paper_s_world_every_claim_agrees(papers_world: Store) -> None:
             if claim.value == "of_data":  # our own bar: data of 3000 is out of hopper's reach here
                 continue
             assert judged is not None, claim.statement
+            if claim.statement.startswith("our bar"):  # where the paper's own numbers only just reach it
+                assert judged.verdict != "disagrees", claim.statement
+                continue
             assert judged.verdict == "agrees", (claim.statement, judged.sample.value, judged.sample.interval)
 
 
@@ -236,7 +240,7 @@ def test_retention_is_the_mean_of_the_pairs_ratios(papers_world: Store) -> None:
     ]
     assert len(points) == 6
     assert cell.estimates["retention"].value == pytest.approx(np.mean(ratios))
-    assert (cell.episodes, cell.seeds) == (150, 1)
+    assert (cell.episodes, cell.runs) == (150, 1)
 
 
 def test_a_baseline_is_exactly_one(papers_world: Store) -> None:
@@ -290,12 +294,12 @@ def test_a_training_seed_counts_where_all_its_rows_are_there(tmp_path: Path) -> 
 
     whole, alone = asked("figure_2a", both), asked("figure_2a", first)
     assert not whole.missing
-    assert {cell.seeds for cell in whole.cells} == {2}
+    assert {cell.runs for cell in whole.cells} == {2}
     gone = next(p for p in whole.points if p.labels["seed"] == 1 and p.labels["alpha"] == 1)
     part = replace(whole, rows={name: rows for name, rows in whole.rows.items() if name != gone.evaluation.id})
     for mine, of_both, of_first in zip(part.cells, whole.cells, alone.cells, strict=True):
         like = of_first if fits(gone, mine) else of_both
-        assert (mine.seeds, mine.episodes) == (like.seeds, like.episodes)
+        assert (mine.runs, mine.episodes) == (like.runs, like.episodes)
         assert mine.estimates["retention"].value == like.estimates["retention"].value
 
     whole, alone = asked("table_2", both), asked("table_2", first)
@@ -305,10 +309,10 @@ def test_a_training_seed_counts_where_all_its_rows_are_there(tmp_path: Path) -> 
     for lost in (gone.evaluation, baseline(gone.evaluation)):
         part = replace(whole, rows={name: rows for name, rows in whole.rows.items() if name != lost.id})
         found, of_first, of_both = part.judge(mixed), alone.judge(mixed), whole.judge(mixed)
-        assert (found.sample.value, found.seeds) == (of_first.sample.value, 1)
-        assert (of_both.seeds, of_both.sample.value != found.sample.value) == (2, True)
+        assert (found.sample.value, found.runs) == (of_first.sample.value, 1)
+        assert (of_both.runs, of_both.sample.value != found.sample.value) == (2, True)
     cell = next(c for c in part.cells if fits(gone, c))  # its baseline is missing
-    assert cell.seeds == 1
+    assert cell.runs == 1
     assert cell.estimates["score"].value == pytest.approx(
         np.mean([np.mean(whole.rows[p.evaluation.id][1]) for p in whole.points if fits(p, cell)])
     )
@@ -407,7 +411,7 @@ def test_the_page_shows_every_experiment(page: tuple[str, Path]) -> None:
     assert "normalised with D4RL's reference returns" in text
     assert "**paper 88.6**" in text
     assert "disagrees" not in text.split("## Table I")[1]
-    assert "the likely reason:" not in text
+    assert "disagree, the likely reason:" not in text
 
 
 def test_where_the_paper_is_contradicted_the_page_says_so_and_why(tmp_path: Path) -> None:
@@ -422,7 +426,56 @@ def test_where_the_paper_is_contradicted_the_page_says_so_and_why(tmp_path: Path
     assert reason in text
     assert "**paper 67.1** ≠" in text  # ours: 90 ± 2
     assert "**paper 90.1** ≠" not in text
-    assert "of 36 cells)" in text
+    assert f"of 36 cells). The likely reason: {table_1.likely}" in text
+
+
+def test_every_experiment_of_the_paper_says_why_it_may_disagree() -> None:
+    assert all(experiment.likely for experiment in ALL if experiment.paper)
+
+
+def test_a_cell_has_the_standard_error_over_its_instances_and_a_table_its_averages(tmp_path: Path) -> None:
+    """By hand from the rows: the mean over two instances and its error, and the same of the three robots' means."""
+
+    def by_instance(experiment: str, point: Point) -> float:
+        return 0.4 + 0.3 * float(point.labels["instance"]) if experiment == "table_4" else 0.8
+
+    store = world(tmp_path, by_instance)
+    found = answered(store, "table_4")
+    tasks = ("halfcheetah", "hopper", "walker2d")
+    by_labels = {tuple(cell.labels.values()): cell for cell in found.cells}
+
+    def means(task: str) -> list[float]:
+        of = [p for p in found.points if (p.labels["task"], p.labels["policy"]) == (task, "GPT2_R, mean")]
+        assert [point.labels["instance"] for point in of] == [0, 1]
+        return [float(np.mean(found.rows[point.evaluation.id][1])) for point in of]
+
+    cell = by_labels["hopper", "GPT2_R, mean"]
+    assert (cell.runs, cell.estimates["score"].value) == (2, pytest.approx(np.mean(means("hopper"))))
+    assert cell.errors["score"] == pytest.approx(stats.sem(means("hopper")))
+    average = by_labels[AVERAGE, "GPT2_R, mean"]
+    each = np.array([means(task) for task in tasks]).mean(axis=0)
+    assert average.estimates["score"].value == pytest.approx(each.mean())
+    assert average.errors["score"] == pytest.approx(stats.sem(each))
+    assert not by_labels["hopper", "single-task"].errors
+
+    text = write_report([found.experiment], SETTING, store, tmp_path / "report", "").read_text()
+    first = next(line for line in text.splitlines() if line.startswith(f"| {AVERAGE} "))
+    assert f"{average.estimates['score'].value:.1f} ± {average.errors['score']:.1f} [" in first
+    assert "**paper 92.4**" in first  # of GPT2_R, mean: (84.0 + 84.1 + 109.0) / 3
+    assert ordering(found)[1] == 21  # averages have no place of their own in an order
+
+
+def test_sizes_are_counted_in_both_ways_beside_the_paper_s(papers_world: Store) -> None:
+    found = answered(papers_world, "table_2")
+    point = next(p for p in found.points if p.labels["configuration"] == "attention, merge-freeze-finetune")
+    size = Size(shared=1000, specific=500, heads=300, mask_bits=64, transformer=1.6682)
+    text = _long_table(replace(found, sizes={point.evaluation.policy.id: size}))
+    header, _, *lines = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    (mine, _) = [row for row in rows if row["configuration"] == point.labels["configuration"]]
+    assert (mine["transformer size"], mine["parameters in all"]) == ("166.82%", "1,802")
+    assert mine["paper's transformer size"] == "166.82%"
+    assert rows[0]["paper's transformer size"] == "200.00%"
 
 
 def test_the_page_links_to_its_sections(page: tuple[str, Path]) -> None:

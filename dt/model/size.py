@@ -1,12 +1,17 @@
 """How large a policy is, counted as the paper counts and counted in full."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from dt.frozen import Frozen
-from dt.model.policy import STATISTICS, Policy
 from dt.model.shapes import block_parameters
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dt.model.policy import Policy
 
 BITS = 32  # of a stored parameter
 
@@ -32,6 +37,8 @@ def size_of(policy: Policy) -> Size:
     The paper's measure ("transformer size", Table II) leaves out the final layer norm and the heads, of which the
     time-step table alone is 21.5 % as large as the paper's transformer (facts §1.6); `total` leaves out nothing.
     """
+    from dt.model.policy import STATISTICS  # heavy: who reads sizes from a table needs no torch
+
     apart, masks = policy.specific.values(), policy.masks.values()
     blocks = _count(policy.trunk, "h.") + sum(_count(part, "h.") for part in apart)
     blocks_with_masks = blocks + sum(_count(part, "h.") for part in masks) / BITS
