@@ -26,6 +26,7 @@ from orchestrator.figures import draw, spell
 from orchestrator.plan import datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import (
+    AnyPolicy,
     Artefact,
     Evaluate,
     Recipe,
@@ -213,6 +214,7 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
     if len(found) > 1:
         raise UserError(f"{len(found)} policies begin with {prefix!r}: give more of the id")
     recipe = read_policy(found[0]["recipe"])
+    _check_made(recipe, store)
     policy = realise(recipe, from_store(recipe, store))
     save_policy(policy, output, {"recipe": recipe.canonical_json(), "recipe_id": recipe.id})
     size = size_of(policy)
@@ -222,6 +224,17 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _check_made(policy: AnyPolicy, store: Store) -> None:
+    """Raises UserError when something that a policy is made of is not stored: rows travel without policies."""
+    from orchestrator.messages import describe
+
+    for part in ingredients(policy):
+        if not store.has(part):
+            raise UserError(
+                f"{describe(part)} is not in {store.address}: run an experiment or a sweep that needs it first"
+            )
 
 
 def convert_original(file: Path, task: str, source: str, output: Path, store: Store) -> None:
@@ -260,11 +273,8 @@ def film(evaluation: Evaluate, store: Store, output: Path, steps: int) -> None:
     """Record the first episode of an evaluation. Raises UserError when a policy it is made of is not trained yet."""
     from dt.rollout.video import record_video
     from orchestrator.making import from_store, realise
-    from orchestrator.messages import describe
 
-    for part in ingredients(evaluation):
-        if not store.has(part):
-            raise UserError(f"{describe(part)} is not there yet: run an experiment or a sweep that needs it first")
+    _check_made(evaluation.policy, store)
     policy = realise(evaluation.policy, from_store(evaluation.policy, store)).alone(evaluation.task)
     task, target_return = get_task(evaluation.task), evaluation.target_return
     record_video(policy, task, output, seed=evaluation.seed, steps=steps, target_return=target_return)

@@ -86,7 +86,10 @@ MISTAKES = {
         "no expert recording for hopper",
     ),
     "no dataset named": (("data", "describe", "--task", "hopper"), "say which dataset"),
-    "film of the untrained": (("video", "--target", "hopper", "--output", "x.webp"), "is not there yet"),
+    "film of the untrained": (
+        ("video", "--target", "hopper", "--output", "x.webp"),
+        "run an experiment or a sweep that needs it first",
+    ),
     "option": (("run", "figure_3", "--profil", "smoke"), "No such option"),
     "workers": (("run", "figure_3", "--workers", "0"), "--workers"),
     "command": (("rum",), "No such command"),

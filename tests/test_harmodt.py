@@ -249,6 +249,12 @@ def test_a_swap_is_the_one_computed_by_hand(optimisation: Optimisation, harmony:
     at_odds = [(masked_mean * g < 0)[b].mean() for g, b in zip(flat, before, strict=True)]
     found = objective.diagnostics()
     np.testing.assert_allclose([found[f"negative_agreement/{task}"] for task in TASKS], at_odds, atol=1e-3)
+    both, either = (
+        [getattr(np, of)(after[a], after[b]).sum() for a, b in ((0, 1), (0, 2), (1, 2))]
+        for of in ("logical_and", "logical_or")
+    )
+    assert found["mask_overlap"] == pytest.approx(np.mean(np.divide(both, either)))
+    assert (found["swapped"], found["at_odds"]) == (count, pytest.approx(np.mean(at_odds), abs=1e-3))
 
 
 def test_a_masked_entry_on_which_all_agree_is_taken_up_and_the_inputs_stay() -> None:
@@ -285,6 +291,7 @@ def test_masks_change_but_never_their_sizes_and_a_resumed_run_is_the_uninterrupt
     *_, resumed = steps_of(training(harmony=harmony), resume=path, log_every=4)
     assert same(resumed.result(), whole)
     assert objective_of(resumed).diagnostics() == objective_of(state).diagnostics()
+    assert resumed.metrics["swapped"] == state.metrics["swapped"] > 0  # k_t is logged
     with pytest.raises(UserError, match="checkpoint of another harmony"):
         training(harmony=Harmony(sparsity=0.3)).load(path)
     save_policy(whole, path)

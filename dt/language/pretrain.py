@@ -50,6 +50,10 @@ class LanguageObjective:
     def updated(self, step: int, rng: np.random.Generator) -> None:
         """Nothing."""
 
+    def diagnostics(self) -> Mapping[str, float]:
+        """None."""
+        return {}
+
     def result(self) -> LanguageModel:
         """The model as it stands, without clusters: they are only worth their time at the end."""
         return self._network.model(self._tokenizer.json)

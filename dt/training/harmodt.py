@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -118,13 +119,18 @@ class HarmonyObjective:
         return replace(self._model.policy(), masks={task: unflattened(flat, shapes) for task, flat in kept})
 
     def diagnostics(self) -> dict[str, float]:
-        """`masks.mask_statistics`, and `negative_agreement/<task>`: the share of kept entries at odds with the others.
-
-        The latter is of the last swap; before the first one it is missing.
+        """`masks.mask_statistics` and their mean `mask_overlap`; of the last swap, missing before the first one:
+        `swapped`, the k_t entries that each task exchanged, and `negative_agreement/<task>`, the share of its kept
+        entries at odds with the others, whose mean is `at_odds`.
         """
-        measured = zip(self._tasks, self._module.negative.tolist(), strict=True)
-        negative = {f"negative_agreement/{task}": share for task, share in measured if not math.isnan(share)}
-        return masks.mask_statistics(self.result()) | negative
+        found = masks.mask_statistics(self.result())
+        overlaps = [value for name, value in found.items() if name.startswith("iou/")]
+        found |= {"mask_overlap": fmean(overlaps)} if overlaps else {}
+        if not (count := int(self._module.swapped)):
+            return found
+        negative = self._module.negative.tolist()
+        of_tasks = {f"negative_agreement/{task}": share for task, share in zip(self._tasks, negative, strict=True)}
+        return found | {"swapped": count, "at_odds": fmean(negative)} | of_tasks
 
     def _task(self, step: int) -> str:
         return self._tasks[step % len(self._tasks)]
@@ -157,6 +163,7 @@ class HarmonyObjective:
         weights = flattened({name: p.detach() for name, p in self._model.named_parameters()}, self._shapes)
         at_odds = (masks.agreement(masked) < 0).sum(dim=1) / kept.sum(dim=1)  # a masked entry's agreement is 0
         self._module.negative.copy_(at_odds)
+        self._module.swapped.fill_(count)
         kept.copy_(masks.swapped(kept, worth(self._harmony, masked, weights), masks.agreement(dense), count))
 
     def _mean_gradient(self, task: str, rng: np.random.Generator) -> Tensor:
@@ -174,13 +181,15 @@ class _Masked(nn.Module):
     """What a training state saves: the model, and as buffers what the swaps leave behind."""
 
     kept: Tensor  # (N, E) bool
-    negative: Tensor  # (N,) share of kept entries at odds with the others at the last swap; NaN before the first
+    negative: Tensor  # (N,) share of kept entries at odds with the others at the last swap
+    swapped: Tensor  # () entries that each task exchanged then; 0 before the first
 
     def __init__(self, model: DecisionTransformer, kept: Tensor) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("kept", kept)
-        self.register_buffer("negative", torch.full(kept.shape[:1], math.nan))
+        self.register_buffer("negative", torch.zeros(kept.shape[:1]))
+        self.register_buffer("swapped", torch.zeros((), dtype=torch.int64))
 
 
 def _clipped(gradients: Mapping[str, Tensor], limit: float) -> dict[str, Tensor]:

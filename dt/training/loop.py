@@ -52,6 +52,10 @@ class Objective(Protocol[R_co]):
         """Called after update number `step`."""
         ...
 
+    def diagnostics(self) -> Mapping[str, float]:
+        """What else there is to log of it as it stands, by name."""
+        ...
+
     def result(self) -> R_co:
         """A snapshot of what has been trained so far."""
         ...
@@ -144,7 +148,8 @@ class TrainingState(Generic[R]):
         return self.objective.result()
 
     def advance(self, steps: int) -> None:
-        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds."""
+        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds, and what
+        the objective tells of itself."""
         began, found = time.perf_counter(), dict[str, list[float]]()
         with forked_rng(self.device):
             set_rng_state(self.device, self.random)
@@ -162,6 +167,7 @@ class TrainingState(Generic[R]):
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate(self.optimisation, self.step - 1),
             "seconds": seconds,
+            **self.objective.diagnostics(),
         }
 
     def _update(self) -> dict[str, float]:

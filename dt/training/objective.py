@@ -93,6 +93,10 @@ class ActionObjective:
     def updated(self, step: int, rng: np.random.Generator) -> None:
         """Nothing."""
 
+    def diagnostics(self) -> Mapping[str, float]:
+        """None."""
+        return {}
+
     def result(self) -> Policy:
         """The policy as it stands."""
         return self.model.policy()
