@@ -148,8 +148,8 @@ class TrainingState(Generic[R]):
         return self.objective.result()
 
     def advance(self, steps: int) -> None:
-        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds, and what
-        the objective tells of itself."""
+        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds, and
+        the objective's diagnostics."""
         began, found = time.perf_counter(), dict[str, list[float]]()
         with forked_rng(self.device):
             set_rng_state(self.device, self.random)
