@@ -25,6 +25,7 @@ from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting,
 from orchestrator.figures import draw, spell
 from orchestrator.plan import datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
+from orchestrator.progress import duration
 from orchestrator.recipes import (
     AnyPolicy,
     Artefact,
@@ -54,7 +55,7 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     table = RichTable("", "to compute", "of", "already there", "about")
 
     def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: int) -> None:
-        table.add_row(name, f"{len(recipes):,}", size, f"{stored:,}", _minutes(seconds[kind]))
+        table.add_row(name, f"{len(recipes):,}", size, f"{stored:,}", duration(seconds[kind]))
 
     recorded, steps = f"{planned.recorded_episodes:,} episodes", f"{planned.gradient_steps:,} steps"
     line("recordings", "recording", planned.recordings, recorded, planned.stored_recordings)
@@ -64,14 +65,8 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
         line("estimates", "fisher", planned.fishers, batches, len(planned.stored_fishers))
     line("evaluations", "evaluate", planned.evaluations, f"{planned.episodes:,} episodes", planned.stored_evaluations)
     known = "from the runs in the tables" if tables.done("runs") else "a guess until something has run here"
-    table.caption = f"in all about {_minutes(sum(seconds.values()))} on {cores} cores ({known})"
+    table.caption = f"in all about {duration(sum(seconds.values()))} on {cores} cores ({known})"
     console.print(table)
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # --- computing -----------------------------------------------------------------------
@@ -301,7 +296,7 @@ def run_demo(store: Store, address: str | None, workers: int | None, profile: st
     at = "" if store.root == Path(RESULTS).absolute() else f" --results {store.address}"
     console.print(f"film:   {what}", soft_wrap=True, highlight=False)
     console.print(f"rows:   {store.place.address_at('tables')}", soft_wrap=True, highlight=False)
-    console.print(f"\nThat took {_minutes(time.monotonic() - began)}. Try next:")
+    console.print(f"\nThat took {duration(time.monotonic() - began)}. Try next:")
     for line in (
         f"mergedt sweep --target {target} --source {source} --group mlp --alpha 0,0.5,1 --profile {profile}{at}",
         f"mergedt query 'select task, \"group\", alpha, mean_score from scores order by all'{at}",

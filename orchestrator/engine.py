@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from dt.errors import UserError
 from dt.files import explained
 from orchestrator.declarations import state_datasets
 from orchestrator.place import Folder
-from orchestrator.plan import Plan, datasets_of, make_plan, parts_of
-from orchestrator.progress import phase
+from orchestrator.plan import Part, Plan, datasets_of, make_plan, parts_of
+from orchestrator.progress import Pace, duration, phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
 from orchestrator.session import Session, check_visible, connect, in_job
 from orchestrator.store import Store
@@ -89,10 +89,12 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
         failures: list[Failure] = []
         skipped = 0
         parts = parts_of(plan, PART * slots.count)
+        pace = Pace([_seconds(part, plan, tables, session.cpus) for part in parts])
         for number, part in enumerate(parts, 1):
             if len(parts) > 1:
                 size = f"{len(part.trainings):,} trainings and {len(part.evaluations):,} evaluations"
-                console.print(f"part {number} of {len(parts)}, with {size}", highlight=False, soft_wrap=True)
+                left = f"about {duration(pace.left(number - 1))} left in all"
+                console.print(f"part {number} of {len(parts)}, with {size}; {left}", highlight=False, soft_wrap=True)
             failures += _make(part.artefacts, slots, settings, store, tables, console)
             stored = store.stored()  # not those that failed
             ready = [e for e in part.evaluations if all(made.id in stored for made in ingredients(e))]
@@ -101,6 +103,14 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
                 failures += _evaluate(ready, settings, session, store, tables, console)
     if failures or skipped:
         raise _failed(failures, skipped)
+
+
+def _seconds(part: Part, plan: Plan, tables: Tables, cores: int) -> float:
+    """What a part may take."""
+    from orchestrator.costs import estimate
+
+    alone = replace(plan, recordings=(), artefacts=part.artefacts, evaluations=part.evaluations)
+    return sum(estimate(alone, tables, cores).values())
 
 
 def _record(recordings: Sequence[Recording], store: Store, tables: Tables, console: Console) -> None:

@@ -21,6 +21,7 @@ from orchestrator.recipes import (
     FineTune,
     Fisher,
     ImportLanguage,
+    Job,
     Merge,
     Perturb,
     Pretrain,
@@ -81,6 +82,11 @@ def describe(recipe: Recipe) -> str:
             return f"the evaluation {recipe.id} on {recipe.task} of {describe(recipe.policy)}"
         case _:
             return f"the recipe {recipe.id}"
+
+
+def brief(training: Job) -> str:
+    """A training in a word, for those who watch it run."""
+    return "language" if isinstance(training, Pretrain) else training.task
 
 
 def explain(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -54,7 +54,7 @@ class _Lines(Phase):
         if now - self._shown < QUIET_SECONDS and self.done < self.total:
             return
         self._shown = now
-        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {_duration(now - self.began)}"
+        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {duration(now - self.began)}"
         self._console.print(f"{text}{self._left(now)}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
 
     def _left(self, now: float) -> str:
@@ -62,7 +62,21 @@ class _Lines(Phase):
         already, since = self.first or (0, now)
         if not already < self.done < self.total:
             return ""
-        return f", about {_duration((now - since) * (self.total - self.done) / (self.done - already))} left"
+        return f", about {duration((now - since) * (self.total - self.done) / (self.done - already))} left"
+
+
+class Pace:
+    """How long the rest of several parts takes: as estimated, and as much longer or shorter as those before it took."""
+
+    def __init__(self, estimates: Sequence[float]) -> None:
+        """Seconds of each part."""
+        self._estimates, self._began = estimates, time.monotonic()
+
+    def left(self, done: int) -> float:
+        """Seconds, when so many parts are done."""
+        expected = sum(self._estimates[:done])
+        slower = (time.monotonic() - self._began) / expected if expected else 1.0
+        return sum(self._estimates[done:]) * slower
 
 
 @contextmanager
@@ -85,7 +99,12 @@ def phase(console: Console, name: str, total: int, unit: str) -> Iterator[Phase]
         yield _Bar(name, total, unit, progress)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For a reader.
+
+    >>> duration(42), duration(600), duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,7 @@ of its seed and of the tables: the same command after a kill asks the same, find
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import mean
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from dt.errors import UserError
 from orchestrator.answers import answers, baseline
+from orchestrator.declarations import declare_experiment
 from orchestrator.engine import Settings, run
 from orchestrator.experiment import Experiment, Label, Point, Search, Setting, Table
 from orchestrator.store import Store
@@ -64,7 +65,8 @@ def run_search(
 ) -> Outcome:
     """Maximise the retention that an experiment's coefficients leave: of all targets on average, or of each.
 
-    Raises UserError when the experiment has nothing to search over, or on an unknown sampler.
+    Its trials are in the table `experiments`, under `search_name`. Raises UserError when the experiment has nothing to
+    search over, or on an unknown sampler.
     """
     import optuna
 
@@ -86,6 +88,8 @@ def run_search(
             else:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             done[trial.number] = Trial(trial.number, chosen[trial.number], values)
+        _declare(search, search_name(experiment, sampler, seed), setting, store, done.values())
+        for trial in asked:
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
     if not any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.trials):
         raise UserError(f"no trial of {experiment.name} keeps anything of policies {UNDEFINED}: train them for longer")
@@ -96,6 +100,21 @@ def run_search(
         tuple(done.values()),
         tuple(Trial(number, parameters, elsewhere[number]) for number, parameters in again.items()),
     )
+
+
+def search_name(experiment: Experiment, sampler: str, seed: int) -> str:
+    """What a search is called in the table `experiments`."""
+    return f"{experiment.name}-{sampler}-{seed}"
+
+
+def _declare(search: Search, name: str, setting: Setting, store: Store, trials: Iterable[Trial]) -> None:
+    points = [
+        Point(labels={**point.labels, "trial": trial.number}, evaluation=point.evaluation)
+        for trial in trials
+        for point in search.points(setting, trial.parameters)
+    ]
+    with store.lock():
+        declare_experiment(store.open_tables(), name, setting.name, points)
 
 
 def _suggested(trial: OptunaTrial, search: Search) -> dict[str, Label]:

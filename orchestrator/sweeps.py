@@ -82,13 +82,15 @@ def sweep(
     failures: list[Failure] = []
 
     def commit(report: dict[str, Any]) -> None:
-        results = report.pop("results", [])
+        results, note = report.pop("results", []), ""
         for result in results:
             if isinstance(result, Failure):
                 failures.append(result)
             else:
                 _commit(result, tables)
-        phase.advance(len(results))
+                task, scores = result.episodes["task"][0], result.episodes["score"].to_numpy()
+                note = f"the last on {task}: score {scores.mean():.1f}"
+        phase.advance(len(results), note)
 
     try:
         died = run_trials(

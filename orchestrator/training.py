@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter
 
 from dt.errors import UserError
 from orchestrator.costs import multiply_adds
-from orchestrator.messages import Failure, describe, explain
+from orchestrator.messages import Failure, brief, describe, explain
 from orchestrator.progress import Phase
 from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
 from orchestrator.rows import policy_row, run_row, run_rows, training_rows
@@ -89,10 +89,10 @@ def train_all(
         for recipe in recipes:
             if recipe.id not in finished and commit_outcome(recipe, store, tables):
                 finished.add(recipe.id)
-        running = [note for recipe in recipes if (note := _read_progress(store, recipe))]
+        running = [(recipe, note) for recipe in recipes if (note := _read_progress(store, recipe))]
         done = sum(recipe.optimisation.steps for recipe in recipes if recipe.id in finished)
-        losses = ", ".join(f"{note['loss']:.4f}" for note in running)
-        phase.set(done + sum(note["step"] for note in running), f"loss {losses}" if losses else "")
+        shown = (f"{brief(recipe)} {note['step']:,}: loss {note['loss']:.4f}" for recipe, note in running)
+        phase.set(done + sum(note["step"] for _, note in running), "; ".join(shown))
 
     def look_now_and_then() -> None:
         if cadence.due():

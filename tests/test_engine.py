@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -33,7 +34,7 @@ from orchestrator import engine
 from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
-from orchestrator.progress import phase
+from orchestrator.progress import Pace, phase
 from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Pretrain, Train, closure, ingredients
 from orchestrator.rollouts import Job, RolloutPool, jobs_of
 from orchestrator.rows import run_row
@@ -126,11 +127,13 @@ def test_in_parts_the_rows_are_the_same(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PART", 1)
     asked, out = [*(evaluation(expert(task), task) for task in TASKS), evaluation(shared())], io.StringIO()
     run(asked, Settings(results=tmp_path, threads=1), Console(file=out))
-    told = [line for line in out.getvalue().splitlines() if line.startswith("part ")]
-    assert told == [
+    told = [line.split("; about ") for line in out.getvalue().splitlines() if line.startswith("part ")]
+    assert [what for what, _ in told] == [
         "part 1 of 2, with 2 trainings and 2 evaluations",
         "part 2 of 2, with 2 trainings and 1 evaluations",
     ]
+    assert all(re.fullmatch(r"\d+ s left in all", left) for _, left in told)
+    assert re.search(r"\(the last on \w+: score -?\d+\.\d\)", out.getvalue())
     mine, theirs = (Tables(root / "tables").read("episodes") for root in (tmp_path, finished))
     assert mine.equals(theirs.filter(pc.is_in(theirs["evaluation"], mine["evaluation"].combine_chunks())))
     assert Tables(tmp_path / "tables").done("episodes") == {one.id for one in asked}
@@ -364,6 +367,18 @@ def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
         "trainings: 2,000 of 3,000 steps in 20 s",
         "trainings: 2,500 of 3,000 steps in 2 min, about 2 min left",
     ]
+
+
+def test_what_is_left_goes_by_the_estimates_and_by_how_they_fared(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[-1])
+    pace = Pace([100.0, 300.0, 200.0])
+    assert pace.left(0) == 600
+    clock.append(50.0)
+    assert pace.left(1) == 250  # twice as fast as thought
+    clock.append(800.0)
+    assert pace.left(2) == 400
+    assert pace.left(3) == 0
 
 
 def test_the_token_is_made_for_its_owner_alone(tmp_path):

@@ -1,6 +1,7 @@
 """Searches over rows that are all there, so that what is asked, told and resumed is a function of the seed alone."""
 
 import io
+import json
 from collections.abc import Collection
 from itertools import product
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_the_best_is_found_and_confirmed_on_starts_it_was_not_chosen_on(store: S
     assert ranked(outcome.trials)[0].parameters == PEAK
     assert ranked(outcome.trials)[0].values["mean"].value == pytest.approx(0.95)
     assert best.values["mean"].value == pytest.approx(0.95 * 0.9)  # measured again, where all keep less
+    asked = store.open_tables().query(
+        """SELECT labels::JSON ->> '$.trial' AS trial, avg(mean_score) AS score, any_value(labels) AS labels
+        FROM experiments JOIN scores USING (evaluation) WHERE experiment = 'regularisation-tpe-1' GROUP BY trial"""
+    )
+    rows = {int(float(row["trial"])): row for row in asked.to_pylist()}
+    assert sorted(rows) == list(range(40))
+    for trial in outcome.trials:  # every trial can be asked for: what it chose, and what it reached
+        row = rows[trial.number]
+        assert trial.parameters.items() <= json.loads(row["labels"]).items()
+        assert row["score"] == pytest.approx(BEFORE * trial.values["mean"].value, rel=0.01)
 
 
 def test_a_search_is_a_function_of_its_seed(store: Store) -> None:
