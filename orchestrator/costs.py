@@ -6,26 +6,29 @@ import platform
 
 from dt.model.shapes import block_parameters
 from orchestrator.plan import Plan
-from orchestrator.recipes import Fisher, Job, Pretrain, TrainTogether
+from orchestrator.recipes import FineTune, Fisher, Job, Pretrain, TrainTogether
 from orchestrator.tables import Tables
 
-# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for a
-# token in training and for an episode rolled out.
-SECONDS = {"recording": 0.15, "train": 0.1 / (64 * 60) / 594_816, "evaluate": 0.8 / 594_816}
+# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for an
+# episode rolled out and for a product of a token in training (three of each: forward, backward, its own gradient).
+SECONDS = {"recording": 0.15, "train": 0.1 / (64 * 60) / (3 * 594_816), "evaluate": 0.8 / 594_816}
 
 
 def multiply_adds(recipe: Job | Fisher) -> int:
-    """Of the forward products of all tokens whose gradients it takes, attention's scores aside: in proportion, what it
-    costs."""
+    """Of all tokens' products with the weights of the blocks, forward and backward, attention's scores aside: in
+    proportion, what it costs. Frozen weights have no gradients of their own."""
     if isinstance(recipe, Fisher):
         shape, windows = recipe.policy.architecture, recipe.batches * recipe.batch_size
     else:
         shape, windows = recipe.architecture, recipe.optimisation.steps * recipe.optimisation.batch_size
     if isinstance(recipe, Pretrain):
-        return windows * recipe.block * (block_parameters(shape) + recipe.vocabulary * shape.width)
+        return windows * recipe.block * 3 * (block_parameters(shape) + recipe.vocabulary * shape.width)
     if isinstance(recipe, TrainTogether) and recipe.harmony is None:  # a step sees every task
         windows *= len(recipe.datasets)
-    return windows * 3 * shape.context * block_parameters(shape)
+    products = 3 * block_parameters(shape)
+    if isinstance(recipe, FineTune) and recipe.frozen is not None:
+        products -= block_parameters(shape, recipe.frozen)
+    return windows * 3 * shape.context * products
 
 
 def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
@@ -49,12 +52,12 @@ def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
     return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
 
 
-# Without what trains on several tasks at once: its rows do not tell how many of them a step saw.
+# Of single-task training alone: of other kinds the rows do not tell how many tasks a step saw, or how much was frozen.
 _UNIT_COSTS = f"""
 SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
     SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,
-           steps * batch_size * 3 * context * trunk_parameters AS work
-    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind IN ('train', 'fine-tune')
+           steps * batch_size * 3 * context * 3 * trunk_parameters AS work
+    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind = 'train'
     UNION ALL
     SELECT 'evaluate', host = '{platform.node()}', seconds, episodes * trunk_parameters
     FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'

@@ -31,6 +31,7 @@ from dt.tasks import get_task
 from dt.training.loop import run as steps_of
 from dt.training.objective import train
 from orchestrator import engine
+from orchestrator.costs import multiply_adds
 from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
@@ -295,6 +296,18 @@ def test_lanes_share_the_work():
         characters=1, vocabulary=8_192, block=60, architecture=ARCHITECTURE, optimisation=recipes[1].optimisation
     )
     assert lanes_of([*recipes, every_word], 2)[0] == [every_word]
+
+
+def test_what_is_frozen_costs_two_products_of_three():
+    def cost(frozen: str | None) -> int:
+        own = expert("hopper")
+        tuned = FineTune(policy=own, dataset=own.dataset, optimisation=own.optimisation, frozen=frozen)
+        return multiply_adds(tuned)
+
+    whole = multiply_adds(expert("hopper"))
+    assert cost(None) == whole
+    assert cost("trunk") == whole * 2 // 3
+    assert whole > cost("attention") > cost("attention+mlp") > cost("trunk")
 
 
 def test_policies_are_realised_recursively():

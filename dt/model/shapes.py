@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dt.merging.groups import trunk_parameters
+from dt.merging.groups import parameters_of, trunk_parameters
 from dt.model.architecture import Architecture
 from dt.tasks import Task
 
@@ -45,10 +45,11 @@ def head_shapes(task: Task, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def block_parameters(architecture: Architecture) -> int:
-    """Parameters of all blocks of one trunk, without the final layer norm.
+def block_parameters(architecture: Architecture, group: str = "trunk") -> int:
+    """Parameters of all blocks of one trunk, or of what a group has of them, without the final layer norm.
 
-    >>> block_parameters(Architecture())
-    594816
+    >>> block_parameters(Architecture()), block_parameters(Architecture(), "attention")
+    (594816, 198144)
     """
-    return sum(math.prod(shape) for name, shape in trunk_shapes(architecture).items() if name.startswith("h."))
+    shapes = trunk_shapes(architecture)
+    return sum(math.prod(shapes[name]) for name in parameters_of(group, architecture) if name.startswith("h."))
