@@ -9,8 +9,8 @@ from orchestrator.plan import Plan
 from orchestrator.recipes import FineTune, Fisher, Job, Pretrain, TrainTogether
 from orchestrator.tables import Tables
 
-# Of one core, before anything has run here: for an episode recorded; and of 594,816 parameters, by the parameter, for an
-# episode rolled out and for a product of a token in training (three of each: forward, backward, its own gradient).
+# Of one core, before anything has run here: for an episode recorded; and, of 594,816 parameters, by the parameter: for
+# an episode rolled out, and for a product of a token in training (forward, backward, its own gradient).
 SECONDS = {"recording": 0.15, "train": 0.1 / (64 * 60) / (3 * 594_816), "evaluate": 0.8 / 594_816}
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from dt.errors import unknown
+from dt.errors import UserError, unknown
 from dt.frozen import Frozen
 from dt.language.corpus import DOCSTRINGS
 from dt.model.architecture import Architecture
@@ -222,22 +222,52 @@ def language(budget: LanguageBudget) -> Language:
 
 
 def _co_training_text(budget: LanguageBudget) -> Text | None:
-    """The budget's text for a model that is taken as it is; one that is pre-trained here goes on with its own."""
-    if budget.model is None or budget.text == DOCSTRINGS:
+    """The budget's text for a model that is taken as it is; one that is pre-trained here goes on with its own.
+
+    Raises UserError for a model without the tokenizer that reads it.
+    """
+    if budget.model is None:
+        return None
+    from dt.language.tokenizer import Tokenizer
+
+    if not (tokenizer := _looked_at(budget.model).tokenizer):
+        raise UserError(
+            f"{budget.model} has no tokenizer, without which nothing can be co-trained with it: put its tokenizer.json "
+            "(or vocab.json and merges.txt) beside it"
+        )
+    Tokenizer(tokenizer)  # refuses what is none
+    if budget.text == DOCSTRINGS:
         return None
     content = _text_hash(budget.text, budget.characters)
     return Text(corpus=budget.text, corpus_hash=content, characters=budget.characters, block=budget.block)
 
 
-@cache
 def _imported(source: str, clusters: int) -> ImportLanguage:
-    from dt.language.model import from_hugging_face  # heavy: only where it is used
+    from dt.language.clusters import check_count
 
-    model = from_hugging_face(source, clusters=0)
+    model = _looked_at(source)
+    check_count(clusters, model.tokens)
     where = str(Path(source).absolute()) if Path(source).exists() else source  # workers have another working directory
     return ImportLanguage(
         source=where, content_hash=model.content_hash, clusters=clusters, architecture=model.architecture
     )
+
+
+class _Foreign(NamedTuple):
+    """What has to be known of a model of others before anything is trained."""
+
+    content_hash: str
+    architecture: Architecture
+    tokens: int
+    tokenizer: str
+
+
+@cache
+def _looked_at(source: str) -> _Foreign:
+    from dt.language.model import from_hugging_face  # heavy: only where it is used
+
+    model = from_hugging_face(source, clusters=0)
+    return _Foreign(model.content_hash, model.architecture, len(model.token_embedding), model.tokenizer)
 
 
 @cache

@@ -244,11 +244,26 @@ def test_a_policy_begins_as_a_model_of_others_and_goes_on_with_the_text_that_was
         language_loss(named)
 
 
+def test_a_model_of_others_that_will_not_do_is_refused_before_anything_is_trained(
+    downloaded: tuple[Path, Path],
+) -> None:
+    folder, _ = downloaded
+    setting = Setting(get_profile("laptop").begun_as(init=str(folder)), choose_data("recorded"))
+    with pytest.raises(UserError, match="1000 clusters of 300 token embeddings"):
+        setting.language_expert("hopper", 0, "medium")
+    (folder / "tokenizer.json").unlink()
+    mute = Setting(get_profile("smoke").begun_as(init=f"{folder}/"), choose_data("recorded"))  # not the one seen above
+    assert mute.language_expert("hopper", 0, "medium").language
+    with pytest.raises(UserError, match="has no tokenizer"):
+        mute.language_expert("hopper", 0, "medium", co_trained=1.0)
+
+
 def test_the_larger_model_of_others_is_named_apart(downloaded: tuple[Path, Path]) -> None:
     folder, text = downloaded
     profile = get_profile("paper").begun_as(init_large=str(folder), text=str(text))
     assert profile.name == "paper-text-text-large-gpt2"
-    setting = Setting(profile, choose_data("recorded"))
+    large = profile.large_language.model_copy(update={"clusters": 10})
+    setting = Setting(profile.model_copy(update={"large_language": large}), choose_data("recorded"))
     small, large = (setting.language_expert("hopper", 0, "medium", large=large).language for large in (False, True))
     assert (small.kind, small.corpus) == ("pretrain", str(text))
     assert (large.kind, large.source) == ("import-language", str(folder))

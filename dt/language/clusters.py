@@ -18,12 +18,17 @@ def cluster_centres(token_embedding: Tensor, count: int = CLUSTERS, seed: int = 
     """
     from sklearn.cluster import KMeans
 
-    tokens = len(token_embedding)
-    if tokens < count:
-        raise UserError(
-            f"{count} clusters of {tokens} token embeddings do not exist: ask for fewer clusters or a larger vocabulary"
-        )
+    check_count(count, len(token_embedding))
     directions = F.normalize(token_embedding.detach().cpu().float(), dim=1).numpy()
     with threadpool_limits(1):  # with several threads, sums differ by the order in which they finish
         means = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(directions).cluster_centers_
     return torch.from_numpy(means).float().contiguous()
+
+
+def check_count(clusters: int, tokens: int) -> None:
+    """Raises UserError when there are fewer tokens than clusters."""
+    if tokens < clusters:
+        raise UserError(
+            f"{clusters} clusters of {tokens} token embeddings do not exist: "
+            "ask for fewer clusters or a larger vocabulary"
+        )
