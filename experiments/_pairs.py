@@ -15,6 +15,6 @@ DIFFERENCES = (  # of every experiment of the paper
 )
 
 LIKELY = (  # why numbers are others than the paper's
-    "the data, which is of other behaviour than D4RL's, and no policy does better than its data; and the budget, the "
-    "profile's steps instead of 100,000."
+    "the data, unless it is D4RL's: other behaviour, which sets the scores before merging; and the budget, where it is "
+    "less than 100,000 steps."
 )

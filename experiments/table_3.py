@@ -33,15 +33,13 @@ OTHER_TEXT = (
 )
 HEADS = "a mistake of the original: the heads of two of its three robots stay as they began; here all learn."
 SMALL_TRUNK = "the budget: a trunk of the same size learns three robots in the steps that are enough for one."
-MASKS = "the budget: masks have a twentieth of the released code's steps to find the weights that tasks disagree about."
+MASKS = "the budget: below 100,000 steps a task, masks have little time to find the weights that tasks disagree about."
 
 Start = Literal["ChibiT", "ChibiT_CO", "ChibiT_R", "random"]
 STARTS: tuple[Start, ...] = ("ChibiT", "ChibiT_CO", "ChibiT_R", "random")
 
 
-def started(
-    setting: Setting, task: str, quality: Quality, start: Start, *, large: bool = False, seed: int = 0
-) -> Train:
+def started(setting: Setting, task: str, quality: Quality, start: Start, *, seed: int, large: bool = False) -> Train:
     """A single-task policy of one of the initialisations."""
     if start == "random":
         return setting.expert(task, seed, quality)

@@ -13,8 +13,8 @@ TRUNKS = {"ChibiT_R": False, "GPT2_R": True}  # name → whether it is the large
 METHODS = {"mean": False, "Fisher": True}
 ESTIMATED = "a mistake of the original: as shipped, it estimates the Fisher and then takes the plain mean."
 LARGER = (
-    "what is larger: 256 wide and 6 blocks deep at `laptop`, pre-trained here, where the paper has GPT-2 small, with 85"
-    " million weights in its blocks and all that it has read."
+    "what is larger: below the profile `paper`, 256 wide, 6 blocks deep and pre-trained here; in the paper GPT-2 "
+    "small, with 85 million weights in its blocks and all that it has read."
 )
 
 

@@ -11,8 +11,8 @@ from orchestrator.recipes import AnyPolicy, Assemble, Auxiliaries, FineTune, Tra
 FROZEN, FROZEN_HEAD = "ln_f", ("embed_timestep",)
 GROUP = "trunk"
 NARROW = (
-    "width and budget: a narrower trunk leaves three experts less room beside each other, and which robot loses by it "
-    "differs from base to base."
+    "width and budget: below the profile `paper`, a narrower trunk leaves three experts less room beside each other; "
+    "which robot loses by it differs from base to base."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import mean
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ AVERAGE = "average"  # in the place of a label that a table averages over
 
 
 class Judgement(NamedTuple):
-    """A claim's number, what its interval says, and of how many runs it is."""
+    """A claim's number, what its interval says, and of how many runs each of its terms is at least."""
 
     sample: Sample
     verdict: Verdict
@@ -38,8 +39,14 @@ class Cell:
     estimates: Mapping[Measure, Sample]  # only what could be computed
     episodes: int
     runs: int  # training seeds, and instances at each
-    errors: Mapping[Measure, float]  # standard error of the mean over the runs, where there are several
-    size: Size | None = None  # None where it differs among the points
+    errors: Mapping[Measure, float]  # standard error over training seeds, or over the instances at the only one
+    size: float | None = None  # of the transformer, as the paper counts it; None where it differs among the points
+    parameters: float | None = None  # of all that is stored, likewise
+
+    @property
+    def averaged(self) -> bool:
+        """Whether it is of a line for the mean."""
+        return AVERAGE in self.labels.values()
 
 
 @dataclass(frozen=True)
@@ -76,70 +83,58 @@ class Answer:
         """
         shown, average = shown_labels(self.experiment), averaged_label(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
-        averages: dict[tuple[Label, ...], list[Point]] = {}
-        for point in self.points:
-            if _is_baseline_only(point, self.experiment):
-                continue
-            groups.setdefault(tuple(point.labels[name] for name in shown), []).append(point)
-            over = tuple(AVERAGE if name == average else point.labels[name] for name in shown)
-            averages.setdefault(over, []).append(point)
-        if average is not None:
-            groups |= averages
+        for over in (None, average) if average is not None else (None,):
+            for point in self.points:
+                if not _is_baseline_only(point, self.experiment):
+                    key = tuple(AVERAGE if name == over else point.labels[name] for name in shown)
+                    groups.setdefault(key, []).append(point)
         return tuple(self._cell(dict(zip(shown, key, strict=True)), points) for key, points in groups.items())
 
     def judge(self, claim: Claim) -> Judgement | None:
-        """The claim's number and what it says, over the runs all of whose rows are there.
+        """The claim's number and what it says: each term over its runs all of whose rows are there, at the training
+        seeds that all terms have.
 
         None where it cannot be computed.
         """
-        terms = [(weight, select(self.points, where)) for weight, where in claim.terms]
-        partial = self._partial_runs([point for _, points in terms for point in points], claim.value)
-        there = [(weight, [p for p in points if _run(p) not in partial]) for weight, points in terms]
-        if not all(points for _, points in there):
+        terms = [(w, self._of_whole_runs(select(self.points, where), claim.value)) for w, where in claim.terms]
+        common = set.intersection(*({_run(point)[0] for point in points} for _, points in terms))
+        there = [(weight, [p for p in points if _run(p)[0] in common]) for weight, points in terms]
+        if not common:
             return None
         means = [mean_of([self._sample(point, claim.value) for point in points]) * weight for weight, points in there]
         total = sum(means[1:], start=means[0])
-        runs = {_run(point) for _, points in there for point in points}
-        return Judgement(total, verdict(total.interval, claim), len(runs)) if total.finite else None
+        runs = min(len({_run(point) for point in points}) for _, points in there)
+        return Judgement(total, verdict(total.interval, claim), runs) if total.finite else None
 
     def _cell(self, labels: Mapping[str, Label], points: Sequence[Point]) -> Cell:
         shown = self._of_whole_runs(points, self.experiment.show.value) or self._of_whole_runs(points, "score")
         of_runs = self._of_runs(points)
+        sizes = [self.sizes.get(point.evaluation.policy.id) for point in shown]
         return Cell(
             labels=labels,
-            estimates={measure: mean_of(samples) for measure, samples in of_runs.items()},
+            estimates={measure: mean_of(list(runs.values())) for measure, runs in of_runs.items()},
             episodes=sum(len(self.rows[point.evaluation.id][0]) for point in shown),
             runs=len({_run(point) for point in shown}),
-            errors={
-                measure: standard_error([sample.value for sample in samples])
-                for measure, samples in of_runs.items()
-                if len(samples) > 1
-            },
-            size=self._size(shown),
+            errors={measure: error for measure, runs in of_runs.items() if (error := _error(runs)) is not None},
+            size=_only(size.transformer if size else None for size in sizes),
+            parameters=_only(size.total if size else None for size in sizes),
         )
 
-    def _partial_runs(self, points: Sequence[Point], measure: Measure) -> set[Run]:
-        """Those of which the measure of some point is not known."""
-        return {_run(point) for point in points if not self._known(point, measure)}
-
     def _of_whole_runs(self, points: Sequence[Point], measure: Measure) -> list[Point]:
-        partial = self._partial_runs(points, measure)
+        """Without those of runs of which the measure of some point is not known."""
+        partial = {_run(point) for point in points if not self._known(point, measure)}
         return [point for point in points if _run(point) not in partial]
 
-    def _size(self, points: Sequence[Point]) -> Size | None:
-        sizes = {self.sizes.get(point.evaluation.policy.id) for point in points}
-        return sizes.pop() if len(sizes) == 1 else None
-
-    def _of_runs(self, points: Sequence[Point]) -> dict[Measure, list[Sample]]:
+    def _of_runs(self, points: Sequence[Point]) -> dict[Measure, dict[Run, Sample]]:
         """By measure, each run's mean over its points; without what is not defined for one of them."""
         measures: set[Measure] = {"return", "score", "retention", self.experiment.show.value}
-        found: dict[Measure, list[Sample]] = {}
+        found: dict[Measure, dict[Run, Sample]] = {}
         for measure in measures:
             runs: dict[Run, list[Sample]] = {}
             for point in self._of_whole_runs(points, measure):
                 runs.setdefault(_run(point), []).append(self._sample(point, measure))
-            means = [mean_of(samples) for samples in runs.values()]
-            if means and all(sample.finite for sample in means):
+            means = {run: mean_of(samples) for run, samples in runs.items()}
+            if means and all(sample.finite for sample in means.values()):
                 found[measure] = means
         return found
 
@@ -181,7 +176,7 @@ def answers(experiments: Sequence[Experiment], setting: Setting, tables: Tables)
         returns.append(row["return"])
         scores.append(row["score"])
     policies = {point.evaluation.policy.id for some in points.values() for point in some}
-    known = tables.some("policies", where=among("policy", policies))
+    known = tables.some("policies", ["policy", *_SIZES], among("policy", policies))
     sizes = {row["policy"]: _size(row) for row in known.to_pylist() if row["transformer_size"] is not None}
     data = tables.some("datasets", ["dataset", "mean_return"])
     means = dict(zip(data["dataset"].to_pylist(), data["mean_return"].to_pylist(), strict=True))
@@ -251,6 +246,24 @@ def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
 
 def _run(point: Point) -> Run:
     return point.labels.get("seed", 0), point.labels.get("instance", 0)
+
+
+def _error(runs: Mapping[Run, Sample]) -> float | None:
+    """Of their mean: over training seeds, each the mean of its instances; at one seed, over the instances."""
+    of_seeds: dict[Label, list[float]] = {}
+    for (seed, _), sample in runs.items():
+        of_seeds.setdefault(seed, []).append(sample.value)
+    values = [mean(each) for each in of_seeds.values()] if len(of_seeds) > 1 else next(iter(of_seeds.values()))
+    return standard_error(values) if len(values) > 1 else None
+
+
+def _only(values: Iterable[float | None]) -> float | None:
+    """The value that all share; None where there is none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+_SIZES = ("trunk_parameters", "specific_parameters", "head_parameters", "mask_bits", "transformer_size")
 
 
 def _size(row: Mapping[str, Any]) -> Size:

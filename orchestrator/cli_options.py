@@ -66,7 +66,9 @@ WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Rol
 
 InitOption = Annotated[
     str | None,
-    typer.Option("--init", help="GPT-2 of others that policies begin as in Table III: a Hugging Face folder or id."),
+    typer.Option(
+        "--init", help="GPT-2 of others that policies begin as (Tables III, IV): a Hugging Face folder or id."
+    ),
 ]
 InitLargeOption = Annotated[
     str | None, typer.Option("--init-large", help="The same for the larger trunk of Table IV, as gpt2.")
@@ -75,7 +77,7 @@ TextOption = Annotated[
     str | None,
     typer.Option(
         "--text",
-        help="What language models are pre-trained on: `docstrings`, a folder, or hf:<dataset>/<configuration>.",
+        help="What language models learn from, co-training too: docstrings, a folder, hf:<dataset>/<configuration>.",
     ),
 ]
 

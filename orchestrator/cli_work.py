@@ -15,7 +15,7 @@ from dt.tasks import get_task
 from dt.training.optimisation import Precision
 from orchestrator.answers import Answer, answers, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
-from orchestrator.costs import estimate
+from orchestrator.costs import estimate, unit_costs
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.engine import Settings
@@ -51,7 +51,7 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
     tables = store.open_tables()
     planned = make_plan([point.evaluation for point in points], store, tables)
     cores = os.cpu_count() or 1
-    seconds = estimate(planned, tables, cores)
+    seconds = estimate(planned, unit_costs(tables), cores)
     table = RichTable("", "to compute", "of", "already there", "about")
 
     def line(name: str, kind: str, recipes: Sequence[Recipe], size: str, stored: int) -> None:
@@ -132,7 +132,7 @@ def _table(each: Answer) -> RichTable:
     if isinstance(experiment.show, Figure):
         measures = ["score", "retention"]
     table = RichTable(title=experiment.title, title_justify="left")
-    if len(each.cells) > MANY_ROWS and experiment.claims:
+    if sum(not cell.averaged for cell in each.cells) > MANY_ROWS and experiment.claims:
         for column in ("claim of the paper", "observed", "verdict"):
             table.add_column(column)
         for claim in experiment.claims:
@@ -157,7 +157,7 @@ def _table(each: Answer) -> RichTable:
             str(cell.episodes),
             str(cell.runs),
         )
-    table.caption = "mean [95 % bootstrap interval]"
+    table.caption = "mean ± standard error over runs, where there are several [95 % bootstrap interval over episodes]"
     if each.missing:
         table.caption += f"; {len(each.missing)} evaluations are missing"
     return table
@@ -182,10 +182,10 @@ def show_search(
         experiment, setting, store, settings, log,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives=objectives,
     )  # fmt: skip
-    for title, found in (("Trials", ranked(outcome.trials)), ("The best, on new starts", list(outcome.best))):
-        table = RichTable("trial", *found[0].parameters, *found[0].values, title=title, title_justify="left")
+    for title, found in (("Trials", ranked(outcome)), ("The best, on new starts", list(outcome.best))):
+        table = RichTable("trial", *found[0].parameters, *outcome.objectives, title=title, title_justify="left")
         for trial in found:
-            values = (number(sample, "retention") for sample in trial.values.values())
+            values = (number(trial.values.get(name), "retention") for name in outcome.objectives)
             table.add_row(str(trial.number), *(str(value) for value in trial.parameters.values()), *values)
         table.caption = "retention: mean [95 % bootstrap interval]"
         console.print(table)

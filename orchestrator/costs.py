@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 from dt.model.shapes import block_parameters
 from orchestrator.plan import Plan
@@ -31,8 +32,8 @@ def multiply_adds(recipe: Job | Fisher) -> int:
     return windows * 3 * shape.context * products
 
 
-def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
-    """Seconds on so many cores for each kind of work: by what earlier runs took, else by typical figures.
+def unit_costs(tables: Tables) -> dict[str, float]:
+    """Seconds of one core for a unit of each kind of work: by what earlier runs took, else by typical figures.
 
     Of runs on this machine if there are any, else anywhere. A transformer's work is tokens × parameters, so that runs
     of one budget tell something of another.
@@ -40,16 +41,20 @@ def estimate(planned: Plan, tables: Tables, cores: int) -> dict[str, float]:
     known = dict(SECONDS)
     for row in tables.query(_UNIT_COSTS).sort_by("here").to_pylist():  # this machine's last
         known[row["kind"]] = row["unit"]
+    return known | {"fisher": known["train"]}  # a step's gradients, without the step
+
+
+def estimate(planned: Plan, costs: Mapping[str, float], cores: int) -> dict[str, float]:
+    """Seconds on so many cores for each kind of work, at these `unit_costs`."""
     sizes = {
         "recording": planned.recorded_episodes,
         "train": sum(map(multiply_adds, planned.trainings)),
         "fisher": sum(map(multiply_adds, planned.fishers)),
         "evaluate": sum(each.episodes * block_parameters(each.policy.architecture) for each in planned.evaluations),
     }
-    known["fisher"] = known["train"]  # a step's gradients, without the step
     at_once = {"train": len(planned.trainings), "fisher": len(planned.fishers)}
     busy = dict.fromkeys(sizes, cores) | {kind: min(cores, max(1, count)) for kind, count in at_once.items()}
-    return {kind: sizes[kind] * known[kind] / busy[kind] for kind in sizes}
+    return {kind: sizes[kind] * costs[kind] / busy[kind] for kind in sizes}
 
 
 # Of single-task training alone: of other kinds the rows do not tell how many tasks a step saw, or how much was frozen.

@@ -85,13 +85,13 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
             _record(plan.recordings, store, tables, console)
             state_datasets(tables, store, datasets_of(plan.artefacts))
         # By the whole plan: a thread more or less in a later part would change its sums.
-        slots = slots_for(len(plan.trainings), settings, session)
+        slots = slots_for(len(plan.artefacts), settings, session)
         failures: list[Failure] = []
         skipped = 0
         parts = parts_of(plan, PART * slots.count)
-        pace = Pace([_seconds(part, plan, tables, session.cpus) for part in parts])
+        pace = _pace(parts, plan, tables, session.cpus) if len(parts) > 1 else None
         for number, part in enumerate(parts, 1):
-            if len(parts) > 1:
+            if pace:
                 size = f"{len(part.trainings):,} trainings and {len(part.evaluations):,} evaluations"
                 left = f"about {duration(pace.left(number - 1))} left in all"
                 console.print(f"part {number} of {len(parts)}, with {size}; {left}", highlight=False, soft_wrap=True)
@@ -105,12 +105,12 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
         raise _failed(failures, skipped)
 
 
-def _seconds(part: Part, plan: Plan, tables: Tables, cores: int) -> float:
-    """What a part may take."""
-    from orchestrator.costs import estimate
+def _pace(parts: Sequence[Part], plan: Plan, tables: Tables, cores: int) -> Pace:
+    from orchestrator.costs import estimate, unit_costs
 
-    alone = replace(plan, recordings=(), artefacts=part.artefacts, evaluations=part.evaluations)
-    return sum(estimate(alone, tables, cores).values())
+    costs = unit_costs(tables)
+    alone = (replace(plan, recordings=(), artefacts=part.artefacts, evaluations=part.evaluations) for part in parts)
+    return Pace([sum(estimate(each, costs, cores).values()) for each in alone])
 
 
 def _record(recordings: Sequence[Recording], store: Store, tables: Tables, console: Console) -> None:
@@ -212,8 +212,8 @@ def _ready(artefacts: Sequence[Artefact], stored: Set[str]) -> list[Artefact]:
     return [artefact for artefact in artefacts if made(artefact)]
 
 
-def slots_for(trainings: int, settings: Settings, session: Session) -> Slots:
-    """How so many trainings share the CPUs and GPUs.
+def slots_for(artefacts: int, settings: Settings, session: Session) -> Slots:
+    """How trainings and estimates, so many in all, share the CPUs and GPUs.
 
     Threads depend on the machine and the settings alone: sums in another number of threads round differently, so a
     resume with fewer trainings left must not change it.
@@ -223,7 +223,7 @@ def slots_for(trainings: int, settings: Settings, session: Session) -> Slots:
     threads = settings.threads or max(1, session.node_cpus // THREADS_SHARE)
     fitting = max(1, session.cpus // threads)
     count = settings.training_slots or (TRAININGS_PER_GPU * session.gpus if session.gpus else fitting)
-    count = max(1, min(count, fitting, trainings))
+    count = max(1, min(count, fitting, artefacts))
     return Slots(count, threads, gpu=min(1.0, math.floor(1000 * session.gpus / count) / 1000))
 
 

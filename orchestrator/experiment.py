@@ -210,7 +210,7 @@ def language(budget: LanguageBudget) -> Language:
     if budget.model is not None:
         return _imported(budget.model, budget.clusters)
     return Pretrain(
-        corpus=budget.text,
+        corpus=_anywhere(budget.text),
         corpus_hash=None if budget.text == DOCSTRINGS else _text_hash(budget.text, budget.characters),
         characters=budget.characters,
         vocabulary=budget.vocabulary,
@@ -239,7 +239,7 @@ def _co_training_text(budget: LanguageBudget) -> Text | None:
     if budget.text == DOCSTRINGS:
         return None
     content = _text_hash(budget.text, budget.characters)
-    return Text(corpus=budget.text, corpus_hash=content, characters=budget.characters, block=budget.block)
+    return Text(corpus=_anywhere(budget.text), corpus_hash=content, characters=budget.characters, block=budget.block)
 
 
 def _imported(source: str, clusters: int) -> ImportLanguage:
@@ -247,10 +247,15 @@ def _imported(source: str, clusters: int) -> ImportLanguage:
 
     model = _looked_at(source)
     check_count(clusters, model.tokens)
-    where = str(Path(source).absolute()) if Path(source).exists() else source  # workers have another working directory
     return ImportLanguage(
-        source=where, content_hash=model.content_hash, clusters=clusters, architecture=model.architecture
+        source=_anywhere(source), content_hash=model.content_hash, clusters=clusters, architecture=model.architecture
     )
+
+
+def _anywhere(source: str) -> str:
+    """A folder as it is found from any working directory: workers have another. What is no folder stays."""
+    folder = Path(source).expanduser()
+    return str(folder.absolute()) if folder.exists() else source
 
 
 class _Foreign(NamedTuple):
@@ -303,7 +308,9 @@ class Experiment:
     show: Figure | Table
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()  # known ones between the paper's set-up and ours, where the results may differ by
-    likely: str = ""  # why cells may differ from the paper's, shown where some do
+    likely: str = (
+        ""  # why numbers may differ from the paper's: shown where cells do, or claims without a reason of their own
+    )
     search: Search | None = None
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
 from dt.files import write_atomically
-from orchestrator.answers import AVERAGE, Answer, Cell, among, answers, shown_labels
+from orchestrator.answers import Answer, Cell, among, answers, shown_labels
 from orchestrator.estimates import LEVEL, Sample
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
@@ -88,8 +88,8 @@ expected, and the likely reasons where ours disagree, which are guesses.
 * **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5
   environments (the paper: v3 environments, D4RL's data). **Retention:** score / score of that policy before merging.
 * **Intervals:** in brackets, {LEVEL:.0%}, stratified bootstrap over episodes. They cover the noise of evaluating the
-  trained policies at hand, not that of training again. Of that, ± tells: the standard error of the mean over runs
-  (training seeds, or instances of what is made at one), which all count the same. Without it there is one run.
+  trained policies at hand, not that of training again. Of that, ± tells: the standard error of the mean over training
+  seeds, or, where there is one, over instances: what is fine-tuned or trained together again, of the same experts.
 {_hardware(found, tables)}"""
 
 
@@ -175,7 +175,7 @@ def _long_table(each: Answer) -> str:
     shown = each.experiment.show.value
     papers = [paper_value(each.experiment, cell) for cell in each.cells]
     with_paper = any(value is not None for value in papers)
-    with_size = any(cell.size is not None and cell.size.transformer != 1 for cell in each.cells)
+    with_size = any(cell.size is not None and cell.size != 1 for cell in each.cells)
     with_paper_size = any(paper_size(each.experiment, cell) for cell in each.cells)
     header = [*labels, *(m.replace("of_data", "of the data's mean return") for m in measures)]
     header += [f"paper's {shown}"] * with_paper + ["transformer size", "parameters in all"] * with_size
@@ -185,7 +185,8 @@ def _long_table(each: Answer) -> str:
             *(spell(name, cell.labels[name]) for name in labels),
             *(number(cell.estimates.get(measure), measure, cell.errors.get(measure)) for measure in measures),
             *([plain(value, shown) if value is not None else "–"] * with_paper),
-            *([f"{cell.size.transformer:.2%}", f"{cell.size.total:,.0f}"] if cell.size else ["–", "–"]) * with_size,
+            *([f"{cell.size:.2%}" if cell.size else "–"] * with_size),
+            *([f"{cell.parameters:,.0f}" if cell.parameters else "–"] * with_size),
             *([f"{size:.2%}" if (size := paper_size(each.experiment, cell)) else "–"] * with_paper_size),
             str(cell.episodes),
             str(cell.runs),
@@ -207,7 +208,7 @@ def _wide_table(each: Answer, show: Table) -> str:
         if paper is not None:
             printed = with_error(paper, paper_error(each.experiment, cell), show.value)
             ours += f"<br>**paper {printed}**{' ' + APART if outside else ''}"
-        if outside is not None and not _is_average(cell):
+        if outside is not None and not cell.averaged:
             compared.append(outside)
         lines.setdefault(tuple(cell.labels[name] for name in show.rows), {})[cell.labels[show.column]] = ours
     # Averages come last: back to what they are of.
@@ -287,17 +288,13 @@ def _printed(experiment: Experiment, cell: Cell, metric: str) -> list[PaperNumbe
 
     def fits(number: PaperNumber) -> bool:
         place = {number.configuration}
-        if number.task != ALL_TASKS and not _is_average(cell):
+        if number.task != ALL_TASKS and not cell.averaged:
             place.add(number.task)
         if number.dataset is not None and "quality" in cell.labels:
             place.add(number.dataset)
         return (number.experiment, number.metric) == (experiment.name, metric) and place <= values
 
     return [number for number in NUMBERS if fits(number)]
-
-
-def _is_average(cell: Cell) -> bool:
-    return AVERAGE in cell.labels.values()
 
 
 def apart(experiment: Experiment, cell: Cell) -> bool | None:
@@ -317,7 +314,7 @@ def ordering(each: Answer) -> tuple[float, int] | None:
     pairs = [
         (paper, ours.value)
         for cell in each.cells
-        if not _is_average(cell)
+        if not cell.averaged
         and (paper := paper_value(each.experiment, cell)) is not None
         and (ours := cell.estimates.get(each.experiment.show.value)) is not None
     ]

@@ -6,7 +6,7 @@ of its seed and of the tables: the same command after a kill asks the same, find
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from statistics import mean
@@ -46,6 +46,7 @@ class Trial:
 class Outcome:
     """All trials, and the best of them again, on starts that had no part in choosing them."""
 
+    objectives: tuple[str, ...]
     trials: tuple[Trial, ...]
     best: tuple[Trial, ...]  # one, or the Pareto front
 
@@ -65,15 +66,15 @@ def run_search(
 ) -> Outcome:
     """Maximise the retention that an experiment's coefficients leave: of all targets on average, or of each.
 
-    Its trials are in the table `experiments`, under `search_name`. Raises UserError when the experiment has nothing to
-    search over, or on an unknown sampler.
+    Its trials are in the table `experiments`, under a name of all that it is a function of. Raises UserError when the
+    experiment has nothing to search over, or on an unknown sampler.
     """
     import optuna
 
     search = experiment.search
     if search is None:
         raise UserError(f"{experiment.name} has no coefficients to search over: run it instead")
-    names = ("mean",) if objectives == "mean" else search.targets
+    names = (objectives,) if objectives == "mean" else search.targets
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize"] * len(names), sampler=make_sampler(sampler, seed))
     done: dict[int, Trial] = {}
@@ -88,7 +89,8 @@ def run_search(
             else:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             done[trial.number] = Trial(trial.number, chosen[trial.number], values)
-        _declare(search, search_name(experiment, sampler, seed), setting, store, done.values())
+        name = f"{experiment.name}-search-{sampler}-{seed}-{objectives}-{batch}"  # all that it is a function of
+        _declare(search, name, setting, store, done.values())
         for trial in asked:
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
     if not any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.trials):
@@ -97,14 +99,10 @@ def run_search(
     again = {trial.number: dict(trial.parameters) for trial in best}
     elsewhere = evaluate(search, again, setting, store, settings, console, objectives, shift=HELD_OUT)
     return Outcome(
+        names,
         tuple(done.values()),
         tuple(Trial(number, parameters, elsewhere[number]) for number, parameters in again.items()),
     )
-
-
-def search_name(experiment: Experiment, sampler: str, seed: int) -> str:
-    """What a search is called in the table `experiments`."""
-    return f"{experiment.name}-{sampler}-{seed}"
 
 
 def _declare(search: Search, name: str, setting: Setting, store: Store, trials: Iterable[Trial]) -> None:
@@ -194,10 +192,11 @@ def _first_alike(trial: FrozenTrial, done: Mapping[int, Trial]) -> Trial:
     return next(each for each in done.values() if each.parameters == trial.params)
 
 
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first, by the mean over objectives; last those without."""
+def ranked(outcome: Outcome) -> list[Trial]:
+    """Its trials, best first, by the mean over objectives; last those of which one is undefined."""
 
     def worth(trial: Trial) -> float:
-        return mean(sample.value for sample in trial.values.values()) if trial.values else -inf
+        whole = trial.values.keys() >= set(outcome.objectives)
+        return mean(sample.value for sample in trial.values.values()) if whole else -inf
 
-    return sorted(trials, key=worth, reverse=True)
+    return sorted(outcome.trials, key=worth, reverse=True)

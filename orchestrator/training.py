@@ -137,12 +137,16 @@ def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
 def compute_all(
     recipes: Sequence[Fisher | ImportLanguage], store: Store, *, slots: Slots, phase: Phase
 ) -> list[Failure]:
-    """Compute and commit all of them, each with a training's part of a GPU; returns those that failed."""
+    """Compute and commit all of them, an estimate with a training's part of a GPU; returns those that failed."""
     import ray
 
+    def begin(recipe: Fisher | ImportLanguage) -> ray.ObjectRef[None]:
+        gpu = slots.gpu if isinstance(recipe, Fisher) else 0
+        task = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=MAX_FAILURES)(_compute)
+        return task.remote(recipe, store.address, gpu > 0)
+
     failures: list[Failure] = []
-    task = ray.remote(num_cpus=1, num_gpus=slots.gpu, max_retries=MAX_FAILURES)(_compute)
-    place = {task.remote(recipe, store.address, slots.gpu > 0): recipe for recipe in recipes}
+    place = {begin(recipe): recipe for recipe in recipes}
     waiting = list(place)
     while waiting:
         (reference,), waiting = ray.wait(waiting)

@@ -382,6 +382,12 @@ def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
     ]
 
 
+def test_a_gpu_is_shared_by_estimates_as_by_trainings():
+    session = Session(True, cpus=16, gpus=1, node_cpus=4)
+    assert slots_for(12, Settings(), session).gpu == 0.25
+    assert slots_for(1, Settings(), session).gpu == 1
+
+
 def test_what_is_left_goes_by_the_estimates_and_by_how_they_fared(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[-1])

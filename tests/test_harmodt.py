@@ -8,6 +8,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dt.data.trajectories import Trajectories
 from dt.data.windows import Windows
@@ -292,6 +294,11 @@ def test_masks_change_but_never_their_sizes_and_a_resumed_run_is_the_uninterrupt
     assert same(resumed.result(), whole)
     assert objective_of(resumed).diagnostics() == objective_of(state).diagnostics()
     assert resumed.metrics["swapped"] == state.metrics["swapped"] > 0  # k_t is logged
+    with safe_open(path, framework="pt") as file:
+        older = {name: file.get_tensor(name) for name in file.keys() if not name.endswith(".swapped")}  # noqa: SIM118
+        save_file(older, tmp_path / "older", file.metadata())
+    with pytest.raises(UserError, match="of another version of mergedt: delete it"):
+        training(harmony=harmony).load(tmp_path / "older")
     with pytest.raises(UserError, match="checkpoint of another harmony"):
         training(harmony=Harmony(sparsity=0.3)).load(path)
     save_policy(whole, path)

@@ -253,9 +253,22 @@ def test_a_model_of_others_that_will_not_do_is_refused_before_anything_is_traine
         setting.language_expert("hopper", 0, "medium")
     (folder / "tokenizer.json").unlink()
     mute = Setting(get_profile("smoke").begun_as(init=f"{folder}/"), choose_data("recorded"))  # not the one seen above
-    assert mute.language_expert("hopper", 0, "medium").language
+    assert mute.language_expert("hopper", 0, "medium").auxiliaries.language == 0
     with pytest.raises(UserError, match="has no tokenizer"):
         mute.language_expert("hopper", 0, "medium", co_trained=1.0)
+
+
+def test_a_folder_of_text_is_found_from_anywhere(
+    downloaded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers have another working directory."""
+    folder, text = downloaded
+    monkeypatch.chdir(text.parent)
+    near = get_profile("smoke").begun_as(init=str(folder), text=text.name)
+    read = Setting(near, choose_data("recorded")).language_expert("hopper", 0, "medium", co_trained=1.0)
+    pretrained = Setting(get_profile("smoke").begun_as(text=text.name), choose_data("recorded"))
+    assert read.auxiliaries.text.corpus == str(text)
+    assert pretrained.language_expert("hopper", 0, "medium").language.corpus == str(text)
 
 
 def test_the_larger_model_of_others_is_named_apart(downloaded: tuple[Path, Path]) -> None:

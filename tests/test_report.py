@@ -458,11 +458,33 @@ def test_a_cell_has_the_standard_error_over_its_instances_and_a_table_its_averag
     assert average.errors["score"] == pytest.approx(stats.sem(each))
     assert not by_labels["hopper", "single-task"].errors
 
+    once = next(p for p in found.points if p.labels["policy"] == "GPT2_R, mean")
+    left = {name: rows for name, rows in found.rows.items() if name != once.evaluation.id}
+    claim = next(claim for claim in found.experiment.claims if "GPT2_R: Fisher" in claim.statement)
+    part = replace(found, rows=left).judge(claim)  # of one term an instance is missing, the seed is there
+    assert (part.runs, found.judge(claim).runs) == (1, 2)
+
     text = write_report([found.experiment], SETTING, store, tmp_path / "report", "").read_text()
     first = next(line for line in text.splitlines() if line.startswith(f"| {AVERAGE} "))
     assert f"{average.estimates['score'].value:.1f} ± {average.errors['score']:.1f} [" in first
     assert "**paper 92.4**" in first  # of GPT2_R, mean: (84.0 + 84.1 + 109.0) / 3
     assert ordering(found)[1] == 21  # averages have no place of their own in an order
+
+
+def test_over_several_seeds_the_standard_error_is_theirs(tmp_path: Path) -> None:
+    """Instances at a seed share its experts: each seed counts once."""
+    setting = replace(SETTING, profile=SETTING.profile.with_seeds([0, 1, 2]))
+
+    def by_seed(_: str, point: Point) -> float:
+        return 0.3 + 0.2 * float(point.labels["seed"]) + 0.01 * float(point.labels.get("instance", 0))
+
+    (found,) = answers([get_experiment("table_4")], setting, Tables(world(tmp_path, by_seed, setting=setting).tables))
+    cell = next(c for c in found.cells if c.labels == {"task": "hopper", "policy": "GPT2_R, Fisher"})
+    of = [point for point in found.points if fits(point, cell)]
+    assert [(p.labels["seed"], p.labels["instance"]) for p in of] == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]
+    means = np.array([np.mean(found.rows[p.evaluation.id][1]) for p in of]).reshape(3, 2).mean(axis=1)
+    assert cell.runs == 6
+    assert cell.errors["score"] == pytest.approx(stats.sem(means))
 
 
 def test_sizes_are_counted_in_both_ways_beside_the_paper_s(papers_world: Store) -> None:

@@ -68,12 +68,13 @@ def test_the_best_is_found_and_confirmed_on_starts_it_was_not_chosen_on(store: S
     assert len(outcome.trials) == 40
     (best,) = outcome.best
     assert dict(best.parameters) == PEAK
-    assert ranked(outcome.trials)[0].parameters == PEAK
-    assert ranked(outcome.trials)[0].values["mean"].value == pytest.approx(0.95)
+    assert ranked(outcome)[0].parameters == PEAK
+    assert ranked(outcome)[0].values["mean"].value == pytest.approx(0.95)
     assert best.values["mean"].value == pytest.approx(0.95 * 0.9)  # measured again, where all keep less
     asked = store.open_tables().query(
         """SELECT labels::JSON ->> '$.trial' AS trial, avg(mean_score) AS score, any_value(labels) AS labels
-        FROM experiments JOIN scores USING (evaluation) WHERE experiment = 'regularisation-tpe-1' GROUP BY trial"""
+        FROM experiments JOIN scores USING (evaluation)
+        WHERE experiment = 'regularisation-search-tpe-1-mean-4' GROUP BY trial"""
     )
     rows = {int(float(row["trial"])): row for row in asked.to_pylist()}
     assert sorted(rows) == list(range(40))
@@ -125,7 +126,13 @@ def test_a_trial_of_policies_that_score_nothing_is_passed_over(store: Store, tmp
     assert not any(trial.values for trial in lost)
     assert "undefined" in describe(lost[0])
     assert all(trial.parameters["distance"] != 1e-3 for trial in outcome.best)
-    assert not ranked(outcome.trials)[-1].values
+    assert not ranked(outcome)[-1].values
+    first = baseline(next(iter(EXPERIMENT.search.points(SETTING, PEAK))).evaluation)
+    each = found(fallen(store, tmp_path / "one", [first.id]), trials=12, sampler="nsga2", objectives="each")
+    partial = {trial.number for trial in each.trials if len(trial.values) == 1}
+    assert partial
+    assert not partial & {trial.number for trial in each.best}
+    assert {trial.number for trial in ranked(each)[-len(partial) :]} == partial
     with pytest.raises(UserError, match="score nothing before they are merged: train them for longer"):
         found(fallen(store, tmp_path / "all"), trials=3)
 

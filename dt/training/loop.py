@@ -214,7 +214,12 @@ class TrainingState(Generic[R]):
         self.sampler.bit_generator.state = progress["sampler"]
         random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
         self.random = [*random, *self.random[len(random) :]]  # begun on a CPU, it has none for the GPU
-        self._module.load_state_dict(under("module.", tensors))
+        try:
+            self._module.load_state_dict(under("module.", tensors))
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint {path} is of another version of mergedt: delete it to start over"
+            ) from error
         for name, parameter in self._trained.items():
             moments = under(f"optimiser.{name}.", tensors)
             self.optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}
