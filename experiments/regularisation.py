@@ -16,12 +16,13 @@ QUALITY: Quality = "expert"
 def line(setting: Setting, chosen: Mapping[str, Label]) -> Iterator[Point]:
     """One choice of λ3, group and α, both ways."""
     distance, group, alpha = float(chosen["distance"]), str(chosen["group"]), float(chosen["alpha"])
-    for seed, (target, source) in product(setting.profile.sweep_seeds, (ROBOTS, ROBOTS[::-1])):
+    for seed in setting.profile.sweep_seeds:
         policies = {task: setting.language_expert(task, seed, QUALITY, regularised=distance) for task in ROBOTS}
-        yield Point(
-            labels={**chosen, "target": target, "source": source, "seed": seed},
-            evaluation=setting.evaluate(merged(policies[target], policies[source], group, alpha), target),
-        )
+        for target, source in (ROBOTS, ROBOTS[::-1]):
+            yield Point(
+                labels={**chosen, "target": target, "source": source, "seed": seed},
+                evaluation=setting.evaluate(merged(policies[target], policies[source], group, alpha), target),
+            )
 
 
 def points(setting: Setting) -> Iterator[Point]:

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dt.errors import UserError
-from dt.model.size import Size
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean, standard_error
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Table, Where
 from orchestrator.recipes import Evaluate, Trained, dataset_of, origin
+from orchestrator.rows import SIZES, size_in
 from orchestrator.tables import Tables
+
+if TYPE_CHECKING:
+    from dt.model.size import Size
 
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
 Run = tuple[Label, Label]  # training seed, and instance of what was made at it
@@ -83,7 +86,7 @@ class Answer:
         """
         shown, average = shown_labels(self.experiment), averaged_label(self.experiment)
         groups: dict[tuple[Label, ...], list[Point]] = {}
-        for over in (None, average) if average is not None else (None,):
+        for over in dict.fromkeys((None, average)):
             for point in self.points:
                 if not _is_baseline_only(point, self.experiment):
                     key = tuple(AVERAGE if name == over else point.labels[name] for name in shown)
@@ -176,8 +179,8 @@ def answers(experiments: Sequence[Experiment], setting: Setting, tables: Tables)
         returns.append(row["return"])
         scores.append(row["score"])
     policies = {point.evaluation.policy.id for some in points.values() for point in some}
-    known = tables.some("policies", ["policy", *_SIZES], among("policy", policies))
-    sizes = {row["policy"]: _size(row) for row in known.to_pylist() if row["transformer_size"] is not None}
+    known = tables.some("policies", ["policy", *SIZES], among("policy", policies))
+    sizes = {row["policy"]: size_in(row) for row in known.to_pylist() if row["transformer_size"] is not None}
     data = tables.some("datasets", ["dataset", "mean_return"])
     means = dict(zip(data["dataset"].to_pylist(), data["mean_return"].to_pylist(), strict=True))
     return [Answer(each, setting, points[each.name], rows, sizes, means) for each in experiments]
@@ -261,20 +264,6 @@ def _only(values: Iterable[float | None]) -> float | None:
     """The value that all share; None where there is none."""
     found = set(values)
     return found.pop() if len(found) == 1 else None
-
-
-_SIZES = ("trunk_parameters", "specific_parameters", "head_parameters", "mask_bits", "transformer_size")
-
-
-def _size(row: Mapping[str, Any]) -> Size:
-    """Of a policy, from its row."""
-    return Size(
-        shared=row["trunk_parameters"] - row["specific_parameters"],
-        specific=row["specific_parameters"],
-        heads=row["head_parameters"],
-        mask_bits=row["mask_bits"],
-        transformer=row["transformer_size"],
-    )
 
 
 def _is_baseline_only(point: Point, experiment: Experiment) -> bool:

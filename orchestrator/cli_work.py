@@ -36,7 +36,7 @@ from orchestrator.recipes import (
     ingredients,
     read_policy,
 )
-from orchestrator.report import number
+from orchestrator.report import measured, number
 from orchestrator.search import Objectives, ranked, run_search
 from orchestrator.store import Store
 
@@ -153,7 +153,7 @@ def _table(each: Answer) -> RichTable:
     for cell in each.cells:
         table.add_row(
             *(spell(name, cell.labels[name]) for name in labels),
-            *(number(cell.estimates.get(measure), measure, cell.errors.get(measure)) for measure in measures),
+            *(measured(cell, measure) for measure in measures),
             str(cell.episodes),
             str(cell.runs),
         )

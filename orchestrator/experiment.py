@@ -209,9 +209,10 @@ def language(budget: LanguageBudget) -> Language:
     """The language model of a budget: pre-trained here, or taken as it is."""
     if budget.model is not None:
         return _imported(budget.model, budget.clusters)
+    corpus, content = _pinned(budget)
     return Pretrain(
-        corpus=_anywhere(budget.text),
-        corpus_hash=None if budget.text == DOCSTRINGS else _text_hash(budget.text, budget.characters),
+        corpus=corpus,
+        corpus_hash=content,
         characters=budget.characters,
         vocabulary=budget.vocabulary,
         block=budget.block,
@@ -236,10 +237,17 @@ def _co_training_text(budget: LanguageBudget) -> Text | None:
             "(or vocab.json and merges.txt) beside it"
         )
     Tokenizer(tokenizer)  # refuses what is none
-    if budget.text == DOCSTRINGS:
+    corpus, content = _pinned(budget)
+    if content is None:
         return None
-    content = _text_hash(budget.text, budget.characters)
-    return Text(corpus=_anywhere(budget.text), corpus_hash=content, characters=budget.characters, block=budget.block)
+    return Text(corpus=corpus, corpus_hash=content, characters=budget.characters, block=budget.block)
+
+
+def _pinned(budget: LanguageBudget) -> tuple[str, str | None]:
+    """Where a budget's text is found, and its content; of the docstrings, which are each machine's own, None."""
+    if budget.text == DOCSTRINGS:
+        return DOCSTRINGS, None
+    return _anywhere(budget.text), _text_hash(budget.text, budget.characters)
 
 
 def _imported(source: str, clusters: int) -> ImportLanguage:
@@ -308,9 +316,7 @@ class Experiment:
     show: Figure | Table
     claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()  # known ones between the paper's set-up and ours, where the results may differ by
-    likely: str = (
-        ""  # why numbers may differ from the paper's: shown where cells do, or claims without a reason of their own
-    )
+    likely: str = ""  # why cells, and claims that give no reason of their own, may differ from the paper's
     search: Search | None = None
 
 

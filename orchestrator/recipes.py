@@ -172,9 +172,7 @@ class Auxiliaries(Frozen):
     cosine: float = Field(0.0, ge=0)
     cosine_decay: int | None = Field(5_000, gt=0)  # T of the sigmoid schedule; None: constant
     language: float = Field(0.0, ge=0)
-    language_decay: int | None = Field(
-        None, gt=0
-    )  # steps over which λ2 falls to 0, as it may in the original; None: none
+    language_decay: int | None = Field(None, gt=0)  # steps over which λ2 falls linearly to 0; None: constant
     sequences: int = Field(2, gt=0)  # of text a step
     text: Text | None = None  # None: what the language model learnt from; where that is not known, docstrings
     distance: float = Field(0.0, ge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -52,6 +53,11 @@ def number(sample: Sample | None, measure: Measure, error: float | None = None) 
         return "–"
     low, high = (plain(each, measure) for each in sample.interval)
     return f"{with_error(sample.value, error, measure)} [{low}, {high}]"
+
+
+def measured(cell: Cell, measure: Measure) -> str:
+    """What a cell holds of a measure, as `number` writes it."""
+    return number(cell.estimates.get(measure), measure, cell.errors.get(measure))
 
 
 def with_error(value: float, error: float | None, measure: Measure) -> str:
@@ -176,22 +182,23 @@ def _long_table(each: Answer) -> str:
     papers = [paper_value(each.experiment, cell) for cell in each.cells]
     with_paper = any(value is not None for value in papers)
     with_size = any(cell.size is not None and cell.size != 1 for cell in each.cells)
-    with_paper_size = any(paper_size(each.experiment, cell) for cell in each.cells)
+    paper_sizes = [paper_size(each.experiment, cell) for cell in each.cells]
+    with_paper_size = any(paper_sizes)
     header = [*labels, *(m.replace("of_data", "of the data's mean return") for m in measures)]
     header += [f"paper's {shown}"] * with_paper + ["transformer size", "parameters in all"] * with_size
     header += ["paper's transformer size"] * with_paper_size + ["episodes", "runs"]
     rows = [
         [
             *(spell(name, cell.labels[name]) for name in labels),
-            *(number(cell.estimates.get(measure), measure, cell.errors.get(measure)) for measure in measures),
+            *(measured(cell, measure) for measure in measures),
             *([plain(value, shown) if value is not None else "–"] * with_paper),
             *([f"{cell.size:.2%}" if cell.size else "–"] * with_size),
             *([f"{cell.parameters:,.0f}" if cell.parameters else "–"] * with_size),
-            *([f"{size:.2%}" if (size := paper_size(each.experiment, cell)) else "–"] * with_paper_size),
+            *([f"{size:.2%}" if size else "–"] * with_paper_size),
             str(cell.episodes),
             str(cell.runs),
         ]
-        for cell, value in zip(each.cells, papers, strict=True)
+        for cell, value, size in zip(each.cells, papers, paper_sizes, strict=True)
     ]
     return markdown_table(header, rows)
 
@@ -200,27 +207,23 @@ def _wide_table(each: Answer, show: Table) -> str:
     """Laid out like the paper's: ours with its interval, the paper's in bold beneath."""
     assert show.column is not None
     columns = list(dict.fromkeys(cell.labels[show.column] for cell in each.cells))
-    lines: dict[tuple[Label, ...], dict[Label, str]] = {}
+    # By the labels that are not averaged over, so that an average follows what it is of.
+    blocks: dict[tuple[Label, ...], dict[tuple[str, ...], dict[Label, str]]] = {}
     compared: list[bool] = []  # with the paper's number: whether that lies outside our interval
     for cell in each.cells:
         paper, outside = paper_value(each.experiment, cell), apart(each.experiment, cell)
-        ours = number(cell.estimates.get(show.value), show.value, cell.errors.get(show.value))
+        ours = measured(cell, show.value)
         if paper is not None:
             printed = with_error(paper, paper_error(each.experiment, cell), show.value)
             ours += f"<br>**paper {printed}**{' ' + APART if outside else ''}"
         if outside is not None and not cell.averaged:
             compared.append(outside)
-        lines.setdefault(tuple(cell.labels[name] for name in show.rows), {})[cell.labels[show.column]] = ours
-    # Averages come last: back to what they are of.
-    kept = [name for name in show.rows if name != show.average]
-    groups = list(dict.fromkeys(tuple(cell.labels[name] for name in kept) for cell in each.cells))
-    at = [i for i, name in enumerate(show.rows) if name in kept]
-    ordered = sorted(lines, key=lambda key: groups.index(tuple(key[i] for i in at)))
+        block = blocks.setdefault(tuple(cell.labels[name] for name in show.rows if name != show.average), {})
+        line = block.setdefault(tuple(spell(name, cell.labels[name]) for name in show.rows), {})
+        line[cell.labels[show.column]] = ours
+    lines = chain.from_iterable(block.items() for block in blocks.values())
     header = [*show.rows, *(spell(show.column, column) for column in columns)]
-    written = markdown_table(
-        header,
-        ([*map(spell, show.rows, key), *(lines[key].get(column, "–") for column in columns)] for key in ordered),
-    )
+    written = markdown_table(header, ([*key, *(line.get(column, "–") for column in columns)] for key, line in lines))
     if not compared:
         return written
     why = f" The likely reason: {each.experiment.likely}" if any(compared) and each.experiment.likely else ""

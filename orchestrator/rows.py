@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from dt.model.size import Size
 from dt.scores import normalised_score
 from dt.tasks import get_task
 from orchestrator.recipes import (
@@ -37,7 +38,6 @@ from orchestrator.recipes import (
 from orchestrator.tables import SCHEMAS
 
 if TYPE_CHECKING:
-    from dt.model.size import Size
     from dt.rollout.evaluate import Episodes
 
 
@@ -107,6 +107,20 @@ def policy_row(recipe: AnyPolicy, size: Size) -> pa.Table:
         "recipe": recipe.canonical_json(),
     }
     return pa.Table.from_pylist([row], SCHEMAS["policies"])
+
+
+SIZES = ("trunk_parameters", "specific_parameters", "head_parameters", "mask_bits", "transformer_size")
+
+
+def size_in(row: Mapping[str, Any]) -> Size:
+    """The size that `policy_row` wrote, from those columns."""
+    return Size(
+        shared=row["trunk_parameters"] - row["specific_parameters"],
+        specific=row["specific_parameters"],
+        heads=row["head_parameters"],
+        mask_bits=row["mask_bits"],
+        transformer=row["transformer_size"],
+    )
 
 
 W = TypeVar("W", Merge, FineTune)

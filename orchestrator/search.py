@@ -77,6 +77,7 @@ def run_search(
     names = (objectives,) if objectives == "mean" else search.targets
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize"] * len(names), sampler=make_sampler(sampler, seed))
+    called = f"{experiment.name}-search-{sampler}-{seed}-{objectives}-{batch}"  # all that it is a function of
     done: dict[int, Trial] = {}
     while len(done) < trials:
         asked = [study.ask() for _ in range(min(batch, trials - len(done)))]
@@ -89,13 +90,11 @@ def run_search(
             else:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             done[trial.number] = Trial(trial.number, chosen[trial.number], values)
-        name = f"{experiment.name}-search-{sampler}-{seed}-{objectives}-{batch}"  # all that it is a function of
-        _declare(search, name, setting, store, done.values())
-        for trial in asked:
             console.print(describe(done[trial.number]), highlight=False, soft_wrap=True)
-    if not any(trial.state is optuna.trial.TrialState.COMPLETE for trial in study.trials):
-        raise UserError(f"no trial of {experiment.name} keeps anything of policies {UNDEFINED}: train them for longer")
+        _declare(search, called, setting, store, done.values())
     best = [_first_alike(trial, done) for trial in study.best_trials]
+    if not best:
+        raise UserError(f"no trial of {experiment.name} keeps anything of policies {UNDEFINED}: train them for longer")
     again = {trial.number: dict(trial.parameters) for trial in best}
     elsewhere = evaluate(search, again, setting, store, settings, console, objectives, shift=HELD_OUT)
     return Outcome(

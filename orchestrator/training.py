@@ -140,13 +140,13 @@ def compute_all(
     """Compute and commit all of them, an estimate with a training's part of a GPU; returns those that failed."""
     import ray
 
-    def begin(recipe: Fisher | ImportLanguage) -> ray.ObjectRef[None]:
-        gpu = slots.gpu if isinstance(recipe, Fisher) else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=MAX_FAILURES)(_compute)
-        return task.remote(recipe, store.address, gpu > 0)
-
     failures: list[Failure] = []
-    place = {begin(recipe): recipe for recipe in recipes}
+    task = ray.remote(num_cpus=1, max_retries=MAX_FAILURES)(_compute)
+    gpus = {recipe.id: slots.gpu if isinstance(recipe, Fisher) else 0 for recipe in recipes}
+    place = {
+        task.options(num_gpus=gpus[recipe.id]).remote(recipe, store.address, gpus[recipe.id] > 0): recipe
+        for recipe in recipes
+    }
     waiting = list(place)
     while waiting:
         (reference,), waiting = ray.wait(waiting)

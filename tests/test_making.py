@@ -272,6 +272,9 @@ def test_a_folder_of_text_is_found_from_anywhere(
     pretrained = Setting(get_profile("smoke").begun_as(text=text.name), choose_data("recorded"))
     assert read.auxiliaries.text.corpus == str(text)
     assert pretrained.language_expert("hopper", 0, "medium").language.corpus == str(text)
+    (text.parent / "docstrings").mkdir()  # a folder of that name is not what the word means
+    usual = Setting(get_profile("smoke"), choose_data("recorded")).language_expert("hopper", 0, "medium")
+    assert usual.language.corpus == "docstrings"
 
 
 def test_the_larger_model_of_others_is_named_apart(downloaded: tuple[Path, Path]) -> None:

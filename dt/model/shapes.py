@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from dt.merging.groups import parameters_of, trunk_parameters
 from dt.model.architecture import Architecture
@@ -45,6 +46,7 @@ def head_shapes(task: Task, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+@cache  # asked for every evaluation of a plan, of the same few architectures
 def block_parameters(architecture: Architecture, group: str = "trunk") -> int:
     """Parameters of all blocks of one trunk, or of what a group has of them, without the final layer norm.
 
