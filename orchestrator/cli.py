@@ -44,7 +44,7 @@ app = typer.Typer(
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_data.behaviour, name="behaviour")
 
-TABLES = "episodes, training, policies, datasets, runs, experiments, paper, benchmarks, scores"
+TABLES = "episodes, training, policies, datasets, texts, runs, experiments, paper, benchmarks, scores"
 Names = Annotated[list[str], typer.Argument(metavar="EXPERIMENT...", help="By name, or `all`: see `mergedt list`.")]
 Group = Annotated[
     str, typer.Option("--group", help="attention, mlp, layernorm, trunk, a unit, or several joined by +.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dt.errors import UserError
 from orchestrator.recipes import (
     AnyPolicy,
+    Artefact,
     Assemble,
     Auxiliaries,
     Dataset,
@@ -126,7 +127,7 @@ def begin(recipe: Job, store: Store, device: str) -> TrainingState[Policy] | Tra
                 recipe.seed,
                 trunk=language.trunk if language else None,
                 timesteps=language.timestep_table() if language else None,
-                auxiliaries=_auxiliaries(recipe, language),
+                auxiliaries=_auxiliaries(recipe, language, store),
                 identity=identity,
                 device=device,
             )
@@ -152,7 +153,7 @@ def begin(recipe: Job, store: Store, device: str) -> TrainingState[Policy] | Tra
                 device=device,
             )
         case Pretrain():
-            return _begin_pretraining(recipe, identity, device)
+            return _begin_pretraining(recipe, store, identity, device)
 
 
 def finish(recipe: Job, result: Policy | LanguageModel) -> Policy | LanguageModel:
@@ -201,7 +202,7 @@ def _frozen(recipe: FineTune) -> list[str]:
     return [*(f"trunk.{name}" for name in trunk), *(f"heads.{recipe.task}.{name}" for name in head)]
 
 
-def _auxiliaries(recipe: Train, language: LanguageModel | None) -> Sequence[Auxiliary]:
+def _auxiliaries(recipe: Train, language: LanguageModel | None, store: Store) -> Sequence[Auxiliary]:
     from dt.language.tokenizer import Tokenizer
     from dt.training.auxiliaries import CosineToClusters, CoTraining
 
@@ -212,8 +213,8 @@ def _auxiliaries(recipe: Train, language: LanguageModel | None) -> Sequence[Auxi
     if chosen.cosine:
         losses.append(CosineToClusters(language.clusters, chosen.cosine, chosen.cosine_decay))
     if chosen.language:
-        text, block = _text(recipe.language, chosen.text)
-        tokens = Tokenizer(language.tokenizer).encode(text)
+        text = _co_training(recipe.language, chosen.text)
+        tokens, block = Tokenizer(language.tokenizer).encode(read_text(text, store).documents), text.block
         losses.append(CoTraining(language, tokens, chosen.language, chosen.sequences, block, chosen.language_decay))
     return [*losses, *_distance(chosen, language.trunk, recipe)]
 
@@ -226,33 +227,73 @@ def _distance(chosen: Auxiliaries | None, start: Mapping[str, Tensor], recipe: T
     return [DistanceToStart(recipe.architecture, start, chosen.distance, chosen.distance_formula)]
 
 
-def _text(language: Language, given: Text | None) -> tuple[Sequence[str], int]:
-    """The documents and the block length of co-training."""
+def _co_training(language: Language, given: Text | None) -> Pretrain | Text:
+    """What co-training reads: unless a text was given, what the language model was trained on."""
+    if given is not None:
+        return given
+    if isinstance(language, Pretrain):
+        return language
     from dt.language.blocks import BLOCK
-    from dt.language.corpus import DOCSTRINGS, read_corpus
+    from dt.language.corpus import DEFAULT_CHARACTERS, DOCSTRINGS
 
-    source = given or (language if isinstance(language, Pretrain) else None)
-    if source is None:
-        return read_corpus(DOCSTRINGS).documents, BLOCK
-    return _corpus(source).documents, source.block
+    return Text(corpus=DOCSTRINGS, characters=DEFAULT_CHARACTERS, block=BLOCK)
 
 
-def _corpus(source: Pretrain | Text) -> Corpus:
+def texts_of(artefacts: Iterable[Artefact]) -> Iterator[Pretrain | Text]:
+    """What has to be read to make them, repeats included."""
+    for artefact in artefacts:
+        if isinstance(artefact, Pretrain):
+            yield artefact
+        elif (
+            isinstance(artefact, Train) and artefact.language and artefact.auxiliaries and artefact.auxiliaries.language
+        ):
+            yield _co_training(artefact.language, artefact.auxiliaries.text)
+
+
+def read_text(source: Pretrain | Text, store: Store) -> Corpus:
+    """The text of a language model or of co-training.
+
+    What is installed on a machine is pinned by the tables: whoever reads it first states what it is. Raises UserError
+    when it is another text than the recipe or the tables say.
+    """
     from dt.language.corpus import read_corpus
 
     corpus = read_corpus(source.corpus, source.characters)
-    if source.corpus_hash is not None and corpus.content_hash != source.corpus_hash:
+    if source.corpus_hash is not None:
+        if corpus.content_hash != source.corpus_hash:
+            raise UserError(
+                f"the text {source.corpus} has changed: restore it, or run the command again to use the new one"
+            )
+    elif corpus.content_hash != (stated := _stated(source, corpus, store)):
         raise UserError(
-            f"the text {source.corpus} has changed: restore it, or run the command again to use the new one"
+            f"the documentation installed here ({corpus.content_hash[:12]}…) is not what language models of "
+            f"{store.address} have read ({stated[:12]}…), and theirs and new ones would not compare: install the "
+            "packages of constraints.txt under the same Python, name a text with --text, or begin new --results"
         )
     return corpus
 
 
-def _begin_pretraining(recipe: Pretrain, identity: Mapping[str, str], device: str) -> TrainingState[LanguageModel]:
+def _stated(source: Pretrain | Text, corpus: Corpus, store: Store) -> str:
+    """What the tables say that this text is; said now if it was not."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from orchestrator.tables import SCHEMAS
+
+    tables, name = store.open_tables(), f"{source.corpus}-{source.characters}"
+    row = {"text": name, "documents": len(corpus.documents), "content": corpus.content_hash}
+    tables.append("texts", name, pa.Table.from_pylist([row], SCHEMAS["texts"]))
+    (content,) = tables.some("texts", ["content"], pc.field("text") == name)["content"].to_pylist()
+    return str(content)
+
+
+def _begin_pretraining(
+    recipe: Pretrain, store: Store, identity: Mapping[str, str], device: str
+) -> TrainingState[LanguageModel]:
     from dt.language.pretrain import pretrain
     from dt.language.tokenizer import Tokenizer
 
-    corpus = _corpus(recipe)
+    corpus = read_text(recipe, store)
     tokenizer = Tokenizer.trained(corpus.documents, recipe.vocabulary)
     return pretrain(
         tokenizer.encode(corpus.documents),

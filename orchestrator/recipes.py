@@ -133,7 +133,7 @@ class Pretrain(Recipe):
 
     kind: Literal["pretrain"] = "pretrain"
     corpus: str = DOCSTRINGS  # or a folder of text, or hf:<dataset id>/<configuration>
-    corpus_hash: str | None = None  # pins a corpus of others; the docstrings are this machine's
+    corpus_hash: str | None = None  # pins a corpus of others; what is installed here, the table `texts` pins
     characters: int = Field(gt=0)  # of the corpus, at most
     vocabulary: int = Field(gt=0)
     block: int = Field(gt=0)  # tokens a sequence
@@ -158,10 +158,10 @@ Language = Annotated[Pretrain | ImportLanguage, Field(discriminator="kind")]
 
 
 class Text(Frozen):
-    """What co-training reads, pinned by its content, as `Pretrain` has it."""
+    """What co-training reads, as `Pretrain` has it."""
 
     corpus: str
-    corpus_hash: str
+    corpus_hash: str | None = None
     characters: int = Field(gt=0)
     block: int = Field(gt=0)
 

@@ -158,6 +158,17 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
             ("dataset",),
             ("task", "quality", "dataset"),
         ),
+        "texts": TableSpec(
+            _schema(
+                {
+                    "text": (TEXT, "what was read of what is installed here: docstrings, and how many characters"),
+                    "documents": (INTEGER, "count"),
+                    "content": (TEXT, "SHA-256 of them: what language models of these tables learn from"),
+                }
+            ),
+            ("text",),
+            ("text",),
+        ),
         "runs": TableSpec(
             _schema(
                 {

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dt.behaviour.record import record
 from dt.errors import UserError
+from dt.language import corpus
 from dt.language.corpus import read_corpus
 from dt.merging.fisher import estimate, trace_normalised
 from dt.merging.groups import parameters_of
@@ -22,8 +23,10 @@ from dt.training.harmony import Harmony
 from dt.training.loop import run
 from dt.training.optimisation import Optimisation
 from orchestrator.data_choice import choose_data
+from orchestrator.engine import Settings
+from orchestrator.engine import run as run_engine
 from orchestrator.experiment import Setting
-from orchestrator.making import begin, compute, finish, from_store, load_dataset, realise
+from orchestrator.making import begin, compute, finish, from_store, load_dataset, read_text, realise, texts_of
 from orchestrator.messages import describe
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import (
@@ -259,6 +262,26 @@ def test_a_model_of_others_that_will_not_do_is_refused_before_anything_is_traine
     assert mute.language_expert("hopper", 0, "medium").auxiliaries.language == 0
     with pytest.raises(UserError, match="has no tokenizer"):
         mute.language_expert("hopper", 0, "medium", co_trained=1.0)
+
+
+def test_all_language_models_of_a_results_folder_read_the_same_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, store = tmp_path / "installed.py", Store(tmp_path / "results")
+    monkeypatch.setattr(corpus, "_python_sources", lambda: [installed])
+    installed.write_text(f'"""{"A robot hops. " * 200}"""')
+    read = read_text(LANGUAGE, store)
+    (row,) = store.open_tables().read("texts").to_pylist()
+    assert row == {"text": "docstrings-60000", "documents": 1, "content": read.content_hash}
+    co_trained, other = spoken("hopper"), spoken("hopper").model_copy(update={"auxiliaries": Auxiliaries(distance=1)})
+    assert list(texts_of([LANGUAGE, co_trained, other, quick("hopper")])) == [LANGUAGE, LANGUAGE]
+
+    installed.write_text(f'"""{"A robot walks. " * 200}"""')  # as an update of some package would
+    for recipe in (LANGUAGE, co_trained):
+        with pytest.raises(UserError, match=r"not what language models of .* have read .* --text"):
+            run_engine([recipe], Settings(results=store.address))
+    assert not (tmp_path / "results" / "datasets").exists()  # refused before anything was begun
+    assert read_text(LANGUAGE.model_copy(update={"characters": 2000}), store).documents != read.documents
 
 
 def test_a_folder_of_text_is_found_from_anywhere(

@@ -17,6 +17,7 @@ DOCSTRINGS = "docstrings"
 SOURCES = f"give {DOCSTRINGS!r}, a folder of .txt or .md files, or hf:<dataset id>/<config>"
 PACKAGES = ("numpy", "scipy", "torch", "matplotlib", "gymnasium", "transformers")  # read after the standard library
 MINIMUM = 1000  # characters
+DEFAULT_CHARACTERS = 20_000_000
 
 _NO_DOCUMENTATION = {"test", "tests", "site-packages"}
 _TEXT_FILES = {".txt", ".md"}
@@ -43,7 +44,7 @@ class Corpus:
         return digest.hexdigest()
 
 
-def read_corpus(source: str, characters: int = 20_000_000) -> Corpus:
+def read_corpus(source: str, characters: int = DEFAULT_CHARACTERS) -> Corpus:
     """The first so many characters of a source, the same every time.
 
     source: `docstrings`, the documentation of the installed standard library and packages, which needs no network; a
