@@ -84,7 +84,9 @@ def plan(
     """What a run would compute, how long it may take, and what is already there."""
     from orchestrator.cli_work import show_plan
 
-    setting = Asked(profile, results, data, seeds, init, init_large, text).setting
+    setting = Asked(
+        profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text
+    ).setting
     show_plan([point for each in experiments_of(names) for point in each.points(setting)], Store(results))
 
 
@@ -104,7 +106,10 @@ def run(
     """Compute experiments; what is already there is not computed again."""
     from orchestrator.cli_work import compute, show_answers
 
-    asked, chosen = Asked(profile, results, data, seeds, init, init_large, text), experiments_of(names)
+    asked, chosen = (
+        Asked(profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text),
+        experiments_of(names),
+    )
     setting, store = asked.setting, Store(results)
     compute(chosen, setting, store, address, workers)
     show_answers(chosen, setting, store)
@@ -133,7 +138,7 @@ def sweep(
     from orchestrator.answers import baseline
     from orchestrator.cli_work import compute, show_answers
 
-    setting = Asked(profile, results, data, seeds).setting
+    setting = Asked(profile=profile, results=results, data=data, seeds=seeds).setting
     _check_tasks(target, *source)
     weights = _weights(alpha, source)
     if figure is not None and figure.suffix.lower() != ".png":
@@ -189,7 +194,9 @@ def search(
     """Search an experiment's coefficients with Optuna instead of running its whole grid; resumes from the tables."""
     from orchestrator.cli_work import show_search
 
-    setting = Asked(profile, results, data, seeds, init, init_large, text).setting
+    setting = Asked(
+        profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text
+    ).setting
     show_search(
         get_experiment(name), setting, Store(results), address, workers,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives="each" if each else "mean",
@@ -325,7 +332,10 @@ def report(
     """Render figures and tables next to the paper's numbers, as Markdown and PNG."""
     from orchestrator.report import write_report
 
-    asked, chosen = Asked(profile, results, data, seeds, init, init_large, text), experiments_of(names or ["all"])
+    asked, chosen = (
+        Asked(profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text),
+        experiments_of(names or ["all"]),
+    )
     store = Store(results)
     named = [] if chosen == experiments_of(["all"]) else [experiment.name for experiment in chosen]
     folder = output or store.root / "-".join(["report", *named])
@@ -367,7 +377,7 @@ def video(
     """Film a policy, merged or as trained."""
     from orchestrator.cli_work import film
 
-    setting = Asked(profile, results, data, str(seed)).setting
+    setting = Asked(profile=profile, results=results, data=data, seeds=str(seed)).setting
     _check_tasks(target, *([source] if source else []))
     policy = (
         _merge(setting, target, [source], group, alpha, seed, quality)

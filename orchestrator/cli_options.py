@@ -138,7 +138,7 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise UserError(f"{option} takes whole numbers separated by commas, as in 0,1,2: {text!r} given") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """The options that say which setting, and where its results are."""
 
