@@ -4,12 +4,14 @@ Ours is the `laptop` profile's training, the field's way trains as `literal.py` 
 each goes on until it is there, and evaluates once in its own way. So the ratio is that of two whole ways of working: of
 their hyper-parameters as much as of their code. Both on one core, and timed in turn all along, so that what else the
 machine does slows both alike. Whether they are there is looked up by our rollouts, which is not counted: ours every 50
-steps, the literal way every 500. It takes hours: stop it at will, the same command goes on.
+steps, the literal way every 500. It takes hours: stop it at will, the same command goes on. With `--at-most 30` the
+literal way is given up on when it has taken 30 times as long and is not there; its row says so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from datetime import UTC, datetime
@@ -40,6 +42,7 @@ from orchestrator.profiles import Profile, get_profile
 SHARE, EPISODES, SEED = 0.9, 25, 0
 LITERAL_STEPS, OUR_STEPS = 500, 50  # between two looks, and timed in turn
 QUALITY = "expert"
+NOT_REACHED = ", which the literal way has not reached"
 
 
 def main(
@@ -47,6 +50,9 @@ def main(
     profile: Annotated[str, typer.Option(help="Whose training is ours.")] = "laptop",
     results: Annotated[Path, typer.Option(help="Folder of the datasets and of the rows.")] = Path("results"),
     state: Annotated[Path, typer.Option(help="Folder in which the literal training goes on.")] = Path(".benchmarks"),
+    at_most: Annotated[
+        float, typer.Option(min=1, help="Times as long as ours that the literal way is given.")
+    ] = math.inf,
 ) -> None:
     """Time ours and the field's way to 90 % of the data's mean return."""
     torch.set_num_threads(1)
@@ -59,7 +65,7 @@ def main(
         goal = SHARE * float(data.returns.mean())
         policy, steps = our_training(task, data, budget, goal)
         console.print(f"{task.name}: ours takes {steps:,} steps")
-        literal, seconds = literal_training(task, data, budget, goal, state, console)
+        literal, seconds, reached = literal_training(task, data, budget, goal, state, console, at_most * steps)
         began = time.perf_counter()
         _returns(policy, task, budget)
         between = time.perf_counter()
@@ -67,7 +73,8 @@ def main(
         mean = sum(evaluation.episode(SEED + i) for i in range(EPISODES)) / EPISODES
         console.print(f"{task.name}: a return of {mean:.0f} after {literal.steps:,} steps, by its own evaluation")
         whole = seconds * (steps, literal.steps) + (between - began, time.perf_counter() - between)
-        found = [Measurement(f"{SHARE:.0%} of the data's return, {task.name}", "policy", *whole.tolist())]
+        name = f"{SHARE:.0%} of the data's return, {task.name}" + ("" if reached else NOT_REACHED)
+        found = [Measurement(name, "policy", *whole.tolist())]
         console.print(table_of(found))
         commit(found, started, 1, results)
 
@@ -84,9 +91,10 @@ def our_training(task: Task, data: Trajectories, budget: Profile, goal: float) -
 
 
 def literal_training(
-    task: Task, data: Trajectories, budget: Profile, goal: float, folder: Path, console: Console
-) -> tuple[LiteralTraining, NDArray[np.float64]]:
-    """What reached the goal, and the seconds that a step of ours and one of its own took on the way."""
+    task: Task, data: Trajectories, budget: Profile, goal: float, folder: Path, console: Console, limit: float
+) -> tuple[LiteralTraining, NDArray[np.float64], bool]:
+    """What came of it, the seconds that a step of ours and one of its own took on the way, and whether it reached the
+    goal. limit: it may take as long as so many steps of ours."""
     endless = budget.optimisation.model_copy(update={"steps": 10**6})
     ours = train({task.name: data}, budget.architecture, endless, seed=0)
     ours.advance(OUR_STEPS)  # the first steps are slow
@@ -97,7 +105,12 @@ def literal_training(
         state = torch.load(saved, weights_only=True)
         seconds += state["step_seconds"]
         training.load(state)
-    while not training.steps or _returns(training.policy(), task, budget) < goal:
+    each = seconds * LITERAL_STEPS / max(1, training.steps)
+
+    def there() -> bool:
+        return training.steps > 0 and _returns(training.policy(), task, budget) >= goal
+
+    while not (reached := there()) and training.steps * each[1] / limit <= each[0]:
         began = time.perf_counter()
         ours.advance(OUR_STEPS)
         between = time.perf_counter()
@@ -106,9 +119,10 @@ def literal_training(
         seconds += ((between - began) / OUR_STEPS, (time.perf_counter() - between) / LITERAL_STEPS)
         torch.save(training.state() | {"step_seconds": seconds.tolist()}, buffer := BytesIO())
         write_atomically(saved, buffer.getvalue())
-        each = 1000 * seconds * LITERAL_STEPS / training.steps
-        console.print(f"{task.name}: {training.steps:,} steps of {each[1]:.0f} ms (ours: {each[0]:.0f} ms)")
-    return training, seconds * LITERAL_STEPS / training.steps
+        each = seconds * LITERAL_STEPS / training.steps
+        ours_each, literal_each = 1000 * each
+        console.print(f"{task.name}: {training.steps:,} steps of {literal_each:.0f} ms (ours: {ours_each:.0f} ms)")
+    return training, each, reached
 
 
 def _returns(policy: Policy, task: Task, budget: Profile) -> float:

@@ -1,11 +1,14 @@
 """The field's way, which benchmarks compare with, is the same policy as ours."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from benchmarks import score
 from benchmarks.literal import LiteralEvaluation, LiteralTraining
 from dt.behaviour.record import record_chunk
 from dt.model.architecture import Architecture
@@ -65,3 +68,25 @@ def test_literal_training_goes_on_where_it_was() -> None:
         training.step()
     assert resumed.steps == 2
     assert all(torch.equal(t, resumed.policy().trunk[name]) for name, t in whole.policy().trunk.items())
+
+
+def test_the_literal_way_is_given_up_on_when_it_has_taken_so_many_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "LITERAL_STEPS", 2)
+    monkeypatch.setattr(score, "OUR_STEPS", 2)
+    data, task = record_chunk("hopper", "expert", 0, 0, 1), get_task("hopper").model_copy(update={"horizon": 20})
+
+    def steps(goal: float, limit: float) -> tuple[int, bool]:
+        training, (ours, literal), reached = score.literal_training(
+            task, data, get_profile("smoke"), goal, tmp_path, Console(), limit
+        )
+        assert reached or training.steps * literal > limit * ours
+        return training.steps, reached
+
+    first = steps(goal=math.inf, limit=3)
+    assert not first[1]
+    further, reached = steps(goal=math.inf, limit=50)  # goes on from there
+    assert further > first[0]
+    assert not reached
+    assert steps(goal=-math.inf, limit=math.inf) == (further, True)  # there already
