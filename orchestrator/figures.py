@@ -25,12 +25,14 @@ AXES: dict[Measure, str] = {
 }
 
 
-def spell(name: str, value: Label) -> str:
-    """A label for a reader.
+def spell(name: str, value: Label | None) -> str:
+    """A label for a reader; nothing where there is none.
 
     >>> spell("alpha", 0.5), spell("alpha", "mean"), spell("target", "hopper")
     ('α = 0.5', 'α = mean', 'hopper')
     """
+    if value is None:
+        return ""
     said = f"{value:g}" if isinstance(value, float) else str(value)
     return f"α = {said}" if name == "alpha" else said
 
@@ -58,7 +60,7 @@ def draw(answer: Answer, show: Figure, path: Path) -> None:
             mine = tuple(cell for cell in cells if show.panel is None or cell.labels[show.panel] == panel)
             _draw_panel(axes, mine, show, distinct(cells, show.series))
             if show.panel is not None:
-                axes.set_title(spell(show.panel, panel or ""), fontsize=10)
+                axes.set_title(spell(show.panel, panel), fontsize=10)
         row[0][0].set_ylabel(AXES[show.value])
         row[0][0].set_ylim(bottom=min(0.0, row[0][0].get_ylim()[0]))  # all panels share it
         reference = f" ({answer.experiment.paper})" if answer.experiment.paper else ""
@@ -91,7 +93,7 @@ def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list
             places,
             values,
             yerr=errors,
-            label=spell(show.series, name or ""),
+            label=spell(show.series, name),
             capsize=2,
             markersize=4,
             linewidth=1.2,

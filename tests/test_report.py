@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 from scipy import stats
 
@@ -24,7 +25,8 @@ from orchestrator.answers import AVERAGE, Answer, Cell, answers, baseline, verdi
 from orchestrator.data_choice import choose_data
 from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
 from orchestrator.estimates import Sample, constant, mean_of, sample_mean
-from orchestrator.experiment import Claim, Point, Setting, experiments, get_experiment
+from orchestrator.experiment import Claim, Figure, Point, Setting, experiments, get_experiment
+from orchestrator.figures import _draw_panel
 from orchestrator.paper import NUMBERS
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Recording, Train
@@ -553,3 +555,15 @@ def test_a_sample_weighs_and_adds() -> None:
     with pytest.raises(ValueError, match="no episodes"):
         sample_mean([], "nothing")
     assert Sample(1.0, np.array([1.0, np.nan])).finite is False
+
+
+def test_a_series_of_zero_has_its_name() -> None:
+    cells = tuple(
+        Cell({"alpha": alpha, "distance": distance}, {"retention": constant(1.0)}, episodes=3, runs=1, errors={})
+        for alpha in (0.0, 0.5)
+        for distance in (0.0, 0.1)
+    )
+    _, axes = pyplot.subplots()
+    _draw_panel(axes, cells, Figure(x="alpha", series="distance"), [0.0, 0.1])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "0.1"]
+    pyplot.close()
