@@ -44,18 +44,19 @@ def test_two_policies_are_shipped_for_each_of_the_three_tasks() -> None:
 
 @pytest.mark.parametrize(("task", "quality"), SHIPPED)
 def test_actions_follow_the_published_form(task: str, quality: str) -> None:
-    """Against torch, from the tensors in the file: h = relu(W1 relu(W0 o + b0) + b1), tanh(Wm h + bm + std·ε)."""
+    """In float64, from the tensors in the file: h = relu(W1 relu(W0 o + b0) + b1), tanh(Wm h + bm + std·ε)."""
     policy = load_behaviour_policy(task, quality)
-    tensors = load_file(str(Path(dt.behaviour.__file__).parent / f"{task}-{quality}.safetensors"))
+    file = load_file(str(Path(dt.behaviour.__file__).parent / f"{task}-{quality}.safetensors"))
+    tensors = {name: tensor.double() for name, tensor in file.items()}
     rng = np.random.default_rng(0)
     observations = rng.normal(0, 3, (40, get_task(task).state_dim)).astype(np.float32)
     noise = rng.standard_normal((40, get_task(task).action_dim)).astype(np.float32)
-    hidden = torch.from_numpy(observations)
+    hidden = torch.from_numpy(observations).double()
     for layer in ("hidden_0", "hidden_1"):
         hidden = torch.relu(torch.nn.functional.linear(hidden, tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]))
     mean = torch.nn.functional.linear(hidden, tensors["mean.weight"], tensors["mean.bias"])
     log_std = torch.nn.functional.linear(hidden, tensors["log_std.weight"], tensors["log_std.bias"]).clip(-20, 2)
-    sampled = torch.tanh(mean + log_std.exp() * torch.from_numpy(noise))
+    sampled = torch.tanh(mean + log_std.exp() * torch.from_numpy(noise).double())
     assert policy.act(observations) == pytest.approx(torch.tanh(mean).numpy(), abs=2e-5)
     assert policy.act(observations, noise) == pytest.approx(sampled.numpy(), abs=2e-5)
     assert policy.act(observations).dtype == np.float32
