@@ -80,7 +80,8 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
 def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: Console) -> None:
     from orchestrator.making import read_text, texts_of
 
-    for text in {(text.corpus, text.characters): text for text in texts_of(plan.artefacts)}.values():
+    unpinned = (text for text in texts_of(plan.artefacts) if text.corpus_hash is None)  # planning read the others
+    for text in {(text.corpus, text.characters): text for text in unpinned}.values():
         read_text(text, store)  # here first, for another than it was is better known before anything is computed
     with connect(settings.address, cpus=settings.cpus) as session:
         if not session.embedded:

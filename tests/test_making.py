@@ -282,6 +282,10 @@ def test_all_language_models_of_a_results_folder_read_the_same_documentation(
             run_engine([recipe], Settings(results=store.address))
     assert not (tmp_path / "results" / "datasets").exists()  # refused before anything was begun
     assert read_text(LANGUAGE.model_copy(update={"characters": 2000}), store).documents != read.documents
+    (tmp_path / "own.txt").write_text("A robot swims. " * 200)
+    own = LANGUAGE.model_copy(update={"corpus": str(tmp_path)})  # a folder that nobody pinned is no part of this
+    assert read_text(own, store).documents == ("A robot swims. " * 200,)
+    assert len(store.open_tables().read("texts")) == 2
 
 
 def test_a_folder_of_text_is_found_from_anywhere(
