@@ -18,6 +18,7 @@ from orchestrator.cli_options import (
     DataOption,
     InitLargeOption,
     InitOption,
+    OnlyOption,
     ProfileOption,
     ResultsOption,
     SeedsOption,
@@ -80,14 +81,15 @@ def plan(
     init: InitOption = None,
     init_large: InitLargeOption = None,
     text: TextOption = None,
+    only: OnlyOption = None,
 ) -> None:
     """What a run would compute, how long it may take, and what is already there."""
-    from orchestrator.cli_work import show_plan
+    from orchestrator.cli_work import evaluations_of, show_plan
 
     setting = Asked(
         profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text
     ).setting
-    show_plan([point for each in experiments_of(names) for point in each.points(setting)], Store(results))
+    show_plan(evaluations_of(experiments_of(names), setting, only or ()), Store(results))
 
 
 @app.command()
@@ -100,18 +102,21 @@ def run(
     init: InitOption = None,
     init_large: InitLargeOption = None,
     text: TextOption = None,
+    only: OnlyOption = None,
     address: AddressOption = None,
     workers: WorkersOption = None,
 ) -> None:
     """Compute experiments; what is already there is not computed again."""
-    from orchestrator.cli_work import compute, show_answers
+    from orchestrator.cli_work import compute, declare, evaluations_of, show_answers
 
     asked, chosen = (
         Asked(profile=profile, results=results, data=data, seeds=seeds, init=init, init_large=init_large, text=text),
         experiments_of(names),
     )
     setting, store = asked.setting, Store(results)
-    compute(chosen, setting, store, address, workers)
+    evaluations = evaluations_of(chosen, setting, only or ())
+    declare(chosen, setting, store)
+    compute(evaluations, store, address, workers)
     show_answers(chosen, setting, store)
     console.print(f"rows:    {store.place.address_at('tables')}", soft_wrap=True, highlight=False)
     console.print(f"figures: mergedt report {' '.join(names)} {asked.again}", soft_wrap=True, highlight=False)
@@ -136,7 +141,7 @@ def sweep(
 ) -> None:
     """Ask a new question: merge GROUP of a target's policy with a source's, over weights ALPHA."""
     from orchestrator.answers import baseline
-    from orchestrator.cli_work import compute, show_answers
+    from orchestrator.cli_work import compute, evaluations_of, show_answers
 
     setting = Asked(profile=profile, results=results, data=data, seeds=seeds).setting
     _check_tasks(target, *source)
@@ -166,8 +171,9 @@ def sweep(
     asked = Experiment(
         name="sweep", title=f"{'+'.join(source)} → {target}", paper="", question="", points=points, show=show
     )
-    unmerged = [baseline(point.evaluation) for point in points(setting)]  # what retention is a share of
-    compute([asked], setting, Store(results), address, workers, declare=False, also=unmerged)
+    merges = evaluations_of([asked], setting)
+    unmerged = map(baseline, merges)  # what retention is a share of
+    compute([*merges, *unmerged], Store(results), address, workers)
     show_answers([asked], setting, Store(results), figure)
 
 

@@ -32,13 +32,13 @@ def record(
     address: AddressOption = None,
 ) -> None:
     """Record a Minari dataset from the shipped behaviour policies, in parallel; the same whatever the parallelism."""
-    from orchestrator.cli_work import compute_recipes
+    from orchestrator.cli_work import compute
 
     if episodes < 1:
         raise UserError(f"a dataset needs at least one episode, --episodes {episodes} given")
     recording = Recording(task=task, quality=quality, episodes=episodes, seed=seed)
     store = Store(results)
-    compute_recipes([recording], store, address, workers=None)
+    compute([recording], store, address, workers=None)
     _show_description(_describe_recording(recording, store))
 
 

@@ -52,6 +52,15 @@ SeedsOption = Annotated[
     str | None, typer.Option("--seeds", help="Training seeds in place of the profile's, as in 0,1,2.")
 ]
 
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only",
+        metavar="LABEL=VALUE",
+        help="Of the points those with that label, as in policy=ChibiT; again for more.",
+    ),
+]
+
 
 def _address(given: str | None) -> str | None:
     address_of(given)  # here, so that a mistake is told before anything is written

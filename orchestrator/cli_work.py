@@ -13,7 +13,7 @@ from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError, unknown
 from dt.tasks import get_task
 from dt.training.optimisation import Precision
-from orchestrator.answers import Answer, answers, shown_labels
+from orchestrator.answers import Answer, answers, baseline, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
 from orchestrator.costs import estimate, unit_costs
 from orchestrator.data_choice import RECORDED, choose_data
@@ -21,7 +21,7 @@ from orchestrator.declarations import declare_experiment, declare_paper, state_d
 from orchestrator.engine import Settings
 from orchestrator.engine import run as run_engine
 from orchestrator.estimates import sample_mean
-from orchestrator.experiment import Experiment, Figure, Measure, Point, Setting, get_experiment, merged
+from orchestrator.experiment import Experiment, Figure, Label, Measure, Setting, get_experiment, merged
 from orchestrator.figures import draw, spell
 from orchestrator.plan import datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
@@ -46,10 +46,44 @@ MANY_ROWS = 24  # more are for the report
 # --- planning -----------------------------------------------------------------------
 
 
-def show_plan(points: Sequence[Point], store: Store) -> None:
-    """What a run of these points would compute."""
+def evaluations_of(experiments: Sequence[Experiment], setting: Setting, only: Sequence[str] = ()) -> list[Evaluate]:
+    """What answers the experiments; of it, where labels are given as in policy=ChibiT, what has those: of a label given
+    twice, either value. Policies before merging then come along, for retention is a share of theirs.
+
+    Raises UserError for a label that no point has, or not with that value.
+    """
+    points = [point for experiment in experiments for point in experiment.points(setting)]
+    if not only:
+        return [point.evaluation for point in points]
+    wanted: dict[str, set[str]] = {}
+    for option in only:
+        label, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--only takes a label and its value, as in policy=ChibiT: {option!r} given")
+        known = {_typed(point.labels[label]) for point in points if label in point.labels}
+        if not known:
+            raise unknown("label", label, {name for point in points for name in point.labels})
+        if value not in known:
+            raise unknown(label, value, known)
+        wanted.setdefault(label, set()).add(value)
+    chosen = [
+        point.evaluation
+        for point in points
+        if all(label in point.labels and _typed(point.labels[label]) in values for label, values in wanted.items())
+    ]
+    if not chosen:
+        raise UserError(f"no point has all of these labels: {', '.join(only)}")
+    return [*chosen, *map(baseline, chosen)]
+
+
+def _typed(label: Label) -> str:
+    return f"{label:g}" if isinstance(label, float) else label
+
+
+def show_plan(evaluations: Sequence[Evaluate], store: Store) -> None:
+    """What a run of these evaluations would compute."""
     tables = store.open_tables()
-    planned = make_plan([point.evaluation for point in points], store, tables)
+    planned = make_plan(evaluations, store, tables)
     cores = os.cpu_count() or 1
     seconds = estimate(planned, unit_costs(tables), cores)
     table = RichTable("", "to compute", "of", "already there", "about")
@@ -72,30 +106,17 @@ def show_plan(points: Sequence[Point], store: Store) -> None:
 # --- computing -----------------------------------------------------------------------
 
 
-def compute(
-    experiments: Sequence[Experiment],
-    setting: Setting,
-    store: Store,
-    address: str | None,
-    workers: int | None,
-    declare: bool = True,
-    also: Sequence[Evaluate] = (),
-) -> None:
-    """Run what the experiments need, and some more, and state which evaluations answer them."""
-    points = {experiment.name: list(experiment.points(setting)) for experiment in experiments}
-    asked = [point.evaluation for some in points.values() for point in some]
-    recipes = {evaluation.id: evaluation for evaluation in (*asked, *also)}
-    if declare:
-        tables = store.open_tables()
-        with store.lock():
-            declare_paper(tables)
-            state_datasets(tables, store, datasets_of(_artefacts(list(recipes.values()))))  # what came by other ways
-            for name, some in points.items():
-                declare_experiment(tables, name, setting.name, some)
-    compute_recipes(list(recipes.values()), store, address, workers)
+def declare(experiments: Sequence[Experiment], setting: Setting, store: Store) -> None:
+    """State which evaluations answer the experiments, the paper's numbers, and what the data at hand holds."""
+    tables = store.open_tables()
+    with store.lock():
+        declare_paper(tables)
+        state_datasets(tables, store, datasets_of(_artefacts(evaluations_of(experiments, setting))))
+        for experiment in experiments:
+            declare_experiment(tables, experiment.name, setting.name, list(experiment.points(setting)))
 
 
-def compute_recipes(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
+def compute(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:
     """Run what these recipes need. Raises UserError, before anything starts, for data that nobody can record."""
     datasets = [recipe for recipe in recipes if isinstance(recipe, Recording)]
     datasets += [dataset for dataset in datasets_of(_artefacts(recipes)) if isinstance(dataset, Recording)]
@@ -282,7 +303,8 @@ def run_demo(store: Store, address: str | None, workers: int | None, profile: st
     setting = Setting(get_profile(profile), choose_data(RECORDED))
     target, source = "walker2d", "halfcheetah"
     console.print(f"{experiment.question} ({setting.profile.purpose})")
-    compute([experiment], setting, store, address, workers)
+    declare([experiment], setting, store)
+    compute(evaluations_of([experiment], setting), store, address, workers)
     show_answers([experiment], setting, store, store.root / "demo" / "demo.png")
     seed = setting.profile.sweep_seeds[0]
     policy = merged(setting.expert(target, seed), setting.expert(source, seed), "attention", 0.5)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dt.model.shapes import block_parameters
 from orchestrator.plan import Plan
 from orchestrator.recipes import FineTune, Fisher, Job, Pretrain, TrainTogether
+from orchestrator.rows import processor
 from orchestrator.tables import Tables
 
 # Of one core, before anything has run here: for an episode recorded; and, of 594,816 parameters, by the parameter: for
@@ -38,9 +39,12 @@ def unit_costs(tables: Tables) -> dict[str, float]:
     Of runs on this machine if there are any, else anywhere. A transformer's work is tokens × parameters, so that runs
     of one budget tell something of another.
     """
-    known = dict(SECONDS)
-    for row in tables.query(_UNIT_COSTS).sort_by("here").to_pylist():  # this machine's last
-        known[row["kind"]] = row["unit"]
+    known, here = dict(SECONDS), (platform.node(), processor())
+    runs = tables.query(_RUNS).to_pylist()
+    for kind in {run["kind"] for run in runs}:
+        anywhere = [run for run in runs if run["kind"] == kind]
+        some = [run for run in anywhere if (run["host"], run["processor"]) == here] or anywhere
+        known[kind] = sum(run["busy"] for run in some) / sum(run["work"] for run in some)
     return known | {"fisher": known["train"]}  # a step's gradients, without the step
 
 
@@ -58,13 +62,13 @@ def estimate(planned: Plan, costs: Mapping[str, float], cores: int) -> dict[str,
 
 
 # Of single-task training alone: of other kinds the rows do not tell how many tasks a step saw, or how much was frozen.
-_UNIT_COSTS = f"""
-SELECT kind, here, sum(busy) / sum(work) AS unit FROM (
-    SELECT 'train' AS kind, host = '{platform.node()}' AS here, seconds * coalesce(threads, 1) AS busy,
+_RUNS = """
+SELECT kind, host, processor, sum(busy) AS busy, sum(work)::DOUBLE AS work FROM (
+    SELECT 'train' AS kind, host, processor, seconds * coalesce(threads, 1) AS busy,
            steps * batch_size * 3 * context * 3 * trunk_parameters AS work
     FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind = 'train'
     UNION ALL
-    SELECT 'evaluate', host = '{platform.node()}', seconds, episodes * trunk_parameters
+    SELECT 'evaluate', host, processor, seconds, episodes * trunk_parameters
     FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'
-) GROUP BY kind, here
+) GROUP BY kind, host, processor
 """

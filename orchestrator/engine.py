@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
         store.sweep()
         tables = store.open_tables()  # again: another process may have worked until we got the lock
         if store.unfinished():
-            _commit_finished(recipes, store, tables)
+            _commit_finished(recipes, store, tables, console)
         plan = make_plan(recipes, store, tables)
         console.print(plan.describe(), highlight=False, soft_wrap=True)
         if not plan.empty:
@@ -249,12 +250,13 @@ def _evaluate(
         return sweep(evaluations, store, tables, workers=min(workers, len(evaluations)), phase=shown)
 
 
-def _commit_finished(recipes: Sequence[Recipe], store: Store, tables: Tables) -> None:
+def _commit_finished(recipes: Sequence[Recipe], store: Store, tables: Tables, console: Console) -> None:
     """Complete what a kill interrupted between the end of a training and the last of its rows."""
     from orchestrator.training import commit_outcome
 
+    say = partial(console.print, highlight=False, soft_wrap=True)
     for recipe in _begun(recipes, store):
-        if not commit_outcome(recipe, store, tables) and store.has(recipe):
+        if not commit_outcome(recipe, store, tables, say) and store.has(recipe):
             store.discard_training(recipe)
 
 

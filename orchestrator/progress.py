@@ -30,6 +30,10 @@ class Phase:
         """So many more are done."""
         self.set(self.done + count, note)
 
+    def say(self, text: str) -> None:
+        """A line of its own, that stays."""
+        raise NotImplementedError
+
     def _show(self, note: str) -> None:
         raise NotImplementedError
 
@@ -38,6 +42,9 @@ class _Bar(Phase):
     def __init__(self, name: str, total: int, unit: str, progress: Progress) -> None:
         super().__init__(name, total, unit)
         self._progress, self._task = progress, progress.add_task(name, total=total, unit=unit, note="")
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _show(self, note: str) -> None:
         self._progress.update(self._task, completed=self.done, note=note)
@@ -48,6 +55,9 @@ class _Lines(Phase):
         super().__init__(name, total, unit)
         self._console, self._shown = console, time.monotonic()
         console.print(f"{name}: {total:,} {unit}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
     def _show(self, note: str) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -109,14 +110,18 @@ def _hardware(found: Sequence[Answer], tables: Tables) -> str:
         f"{name} {' / '.join(sorted(filter(None, set(rows[name].to_pylist()))))}"
         for name in ("mergedt", "torch", "ray", "gymnasium", "mujoco")
     )
-    machines = sorted({f"{row['cpus']} cores, {row['gpu'] or 'no GPU'}" for row in rows.to_pylist()})
+    machines = Counter(
+        f"{row['cpus']} cores ({row['processor'] or 'of which kind was not noted'}), {row['gpu'] or 'no GPU'}"
+        for row in rows.to_pylist()
+    )
+    where = "; ".join(f"{machine}: {count} runs" for machine, count in machines.most_common())
     time = {
         kind: (pc.sum(part["seconds"]).as_py() or 0.0, part.num_rows)
         for kind in _KINDS
         if (part := rows.filter(pc.equal(rows["kind"], kind))).num_rows
     }
     spent = ", ".join(f"{count} × {kind} {seconds / 60:.0f} min" for kind, (seconds, count) in time.items())
-    return f"* **Ran on:** {'; '.join(machines)}. {versions}. Wall time added up: {spent}."
+    return f"* **Ran on:** {where}. {versions}. Wall time added up: {spent}."
 
 
 def _summary(found: Sequence[Answer]) -> str:

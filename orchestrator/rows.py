@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -39,6 +40,8 @@ from orchestrator.tables import SCHEMAS
 
 if TYPE_CHECKING:
     from dt.rollout.evaluate import Episodes
+
+_PRODUCTS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # widest first
 
 
 def episode_rows(evaluation: Evaluate, episodes: Episodes) -> pa.Table:
@@ -199,7 +202,20 @@ def run_rows(row: Mapping[str, Any]) -> pa.Table:
 def machine() -> dict[str, Any]:
     """What the rows of `runs` and `benchmarks` say of this machine and its packages."""
     versions = {name: _version(name) for name in ("mergedt", "torch", "ray", "mujoco", "gymnasium")}
-    return {"host": platform.node(), "cpus": os.cpu_count(), **versions}
+    return {"host": platform.node(), "processor": processor(), "cpus": os.cpu_count(), **versions}
+
+
+@cache
+def processor() -> str:
+    """This machine's processor: its model, and the widest products it has, for those decide how sums are rounded."""
+    try:
+        first, *_ = Path("/proc/cpuinfo").read_text().split("\n\n")
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    flags = fields.get("flags", "").split()
+    widest = [flag for flag in _PRODUCTS if flag in flags][:1]
+    return ", ".join([fields.get("model name", platform.machine()), *widest])
 
 
 def _version(package: str) -> str | None:

@@ -180,6 +180,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                         "of work: wall time, summed over the parts of a recording and the attempts of a training",
                     ),
                     "host": (TEXT, "machine"),
+                    "processor": (TEXT, "its model, and the widest products it has; null in rows of before 2026-11-27"),
                     "cpus": (SHORT, "of that machine"),
                     "gpu": (TEXT, "model; null on CPU"),
                     "threads": (SHORT, "torch threads"),
@@ -202,6 +203,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "rounds": (SHORT, "of each, in turn"),
                     "started": (TIME, "UTC"),
                     "host": (TEXT, "machine"),
+                    "processor": (TEXT, "its model, and the widest products it has; null in rows of before 2026-11-27"),
                     "cpus": (SHORT, "of that machine; one is used"),
                     **_VERSIONS,
                 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -31,6 +31,8 @@ from orchestrator.store import PROGRESS, Store
 from orchestrator.tables import Tables
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from dt.training.loop import TrainingState
     from orchestrator.place import Place
 
@@ -87,7 +89,7 @@ def train_all(
         """Commit what is finished and show the steps that the workers note. Through Ray this would take more actors."""
         store.fetch_notes()
         for recipe in recipes:
-            if recipe.id not in finished and commit_outcome(recipe, store, tables):
+            if recipe.id not in finished and commit_outcome(recipe, store, tables, phase.say):
                 finished.add(recipe.id)
         running = [(recipe, note) for recipe in recipes if (note := _read_progress(store, recipe))]
         done = sum(recipe.optimisation.steps for recipe in recipes if recipe.id in finished)
@@ -175,22 +177,37 @@ def _compute(recipe: Fisher | ImportLanguage, results: str, on_gpu: bool) -> Non
     store.save(recipe, made)
 
 
-def commit_outcome(recipe: Job, store: Store, tables: Tables) -> bool:
+def commit_outcome(recipe: Job, store: Store, tables: Tables, say: Callable[[str], None]) -> bool:
     """Commit what a finished training left under `training/<id>/`, if it did; a kill in between is made good next time.
 
-    Policy first, then rows, then the folder goes: as long as it is there, the outcome can be committed again.
+    Policy first, then rows, then the folder goes: as long as it is there, the outcome can be committed again. Says so
+    when the tables' rows are of an earlier training of the recipe (its artefact was deleted, or left elsewhere), and
+    this one came out otherwise: scores from now on are not those of the policy before.
     """
     from dt.model.size import Size
 
     outcome = store.adopt_trained(recipe)
     if outcome is None:
         return False
-    tables.append("training", recipe.id, training_rows(recipe, outcome["metrics"]))
+    curve = training_rows(recipe, outcome["metrics"])
+    if not tables.append("training", recipe.id, curve) and not _same_curve(curve, recipe, tables):
+        say(
+            f"{describe(recipe)} was trained before, and came out otherwise this time: machines round differently. "
+            "Its rows are of the earlier training; do not compare what is evaluated now with what was then"
+        )
     if not isinstance(recipe, Pretrain):
         tables.append("policies", recipe.id, policy_row(recipe, Size(**outcome["size"])))
     tables.append("runs", recipe.id, run_rows(outcome["run"]))
     store.discard_training(recipe)
     return True
+
+
+def _same_curve(curve: pa.Table, recipe: Job, tables: Tables) -> bool:
+    """Whether a training's losses are, to the last bit, those in the tables."""
+    import pyarrow.compute as pc
+
+    stated = tables.some("training", where=pc.field("policy") == recipe.id).sort_by("step")
+    return bool(curve.sort_by("step")["loss"].equals(stated["loss"]))
 
 
 def _read_progress(store: Store, recipe: Job) -> dict[str, Any] | None:

@@ -64,6 +64,13 @@ MISTAKES = {
     ),
     "seeds": (("plan", "figure_3", "--seeds", "a,b"), "whole numbers separated by commas"),
     "no seeds": (("plan", "figure_3", "--seeds", ","), "at least one"),
+    "no label": (("plan", "table_1", "--only", "hopper"), "--only takes a label and its value"),
+    "a label": (("run", "table_1", "--only", "robot=hopper"), "unknown label 'robot'"),
+    "a label's value": (("run", "table_1", "--only", "task=hoper"), "unknown task 'hoper': did you mean 'hopper'"),
+    "labels apart": (
+        ("plan", "table_1", "figure_2a", "--only", "unit=h.0.mlp", "--only", "attention=removed"),
+        "no point has all of these labels: unit=h.0.mlp, attention=removed",
+    ),
     "data": (("plan", "figure_3", "--data", "minarri:x"), "unknown data"),
     "data file": (("plan", "figure_3", "--data", "/no/{task}-{quality}.hdf5"), "/no/halfcheetah-expert.hdf5"),
     "no policy for the task": (

@@ -238,7 +238,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint_whatever_the_log_says(tmp
     log = {"metrics": ahead, "started": datetime.now(UTC).isoformat(), "seconds": 7.0}
     (folder / "log.json").write_text(json.dumps(log))
     assert train_lane(config) == {}
-    assert commit_outcome(recipe, store, tables)
+    said: list[str] = []
+    assert commit_outcome(recipe, store, tables, said.append)
     assert [row["loss"] for row in tables.read("training").to_pylist()] == [row["loss"] for row in rows]
     stored = store.load_policy(recipe).arrays()
     assert all(np.array_equal(stored[name], array) for name, array in by_hand[0]["hopper"].arrays().items())
@@ -246,6 +247,24 @@ def test_a_killed_training_goes_on_from_its_checkpoint_whatever_the_log_says(tmp
     assert ran > 7.0
     assert train_lane(config) == {}  # nothing left to do
     assert store.unfinished() == frozenset()
+    assert said == []
+
+
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_a_training_that_comes_out_otherwise_the_second_time_is_said(tmp_path, by_hand, otherwise):
+    store, recipe, tables = Store(tmp_path), expert("hopper"), Tables(tmp_path / "tables")
+    rows = [{name: row[name] for name in row if name != "state"} for row in by_hand[1]["hopper"]]
+    again = [*rows[:-1], {**rows[-1], "loss": rows[-1]["loss"] * (1 + 1e-7)}] if otherwise else rows
+    said: list[str] = []
+    for metrics in (rows, again):
+        ran = run_row(recipe, datetime.now(UTC), 1.0, threads=1, precision="float32")
+        policy = by_hand[0]["hopper"]
+        store.save_trained(recipe, policy, {"metrics": metrics, "size": size_of(policy).model_dump(), "run": ran})
+        assert commit_outcome(recipe, store, tables, said.append)
+        store.path(recipe).unlink()
+    assert len(said) == otherwise
+    assert all("hopper" in line and "came out otherwise" in line for line in said)
+    assert tables.read("training")["loss"].to_pylist() == [row["loss"] for row in rows]
 
 
 def test_a_recipe_that_kills_its_workers_stops_no_other(tmp_path):

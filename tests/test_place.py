@@ -247,10 +247,10 @@ def test_a_training_goes_on_on_another_machine(bucket, machines, finished, tmp_p
     machines("third")  # the driver's
     driver = Store(store.address)
     tables = driver.open_tables()
-    assert not commit_outcome(recipe, driver, tables)  # not known here yet
+    assert not commit_outcome(recipe, driver, tables, print)  # not known here yet
     driver.fetch_notes()
     assert driver.unfinished() == {recipe.id}
-    assert commit_outcome(recipe, driver, tables)
+    assert commit_outcome(recipe, driver, tables, print)
     assert driver.stored() == {recipe.id}
     (ran,) = tables.read("runs")["seconds"].to_pylist()
     assert ran > 7.0  # it went on

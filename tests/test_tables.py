@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from toy import OPTIMISATION, evaluation, expert, merged, recording, sweep
 
 from dt.errors import UserError
 from dt.model.size import Size
+from orchestrator.costs import SECONDS, unit_costs
 from orchestrator.recipes import Evaluate, Merge, Perturb
-from orchestrator.rows import episode_rows, policy_row, run_row, run_rows, training_rows
+from orchestrator.rows import episode_rows, policy_row, processor, run_row, run_rows, training_rows
 from orchestrator.tables import SCHEMAS, SPECS, Tables
 
 SIZE = Size(shared=10, specific=0, heads=20, mask_bits=0, transformer=1.0)
@@ -243,6 +245,30 @@ def test_training_and_runs_keep_their_types(tables):
     assert (run["started"], run["seconds"], run["kind"], run["gpu"]) == (started, 2.5, "recording", None)
     assert run["mujoco"]
     assert run["ray"]
+    assert run["processor"] == processor()
+
+
+def test_the_processor_is_named_with_its_widest_products():
+    """Beside what torch found out by itself."""
+    found = torch.backends.cpu.get_cpu_capability()
+    assert processor()
+    assert ("avx512" in processor() or "amx" in processor()) == (found == "AVX512")
+    assert ("avx2" in processor()) == (found == "AVX2")
+
+
+def test_work_is_estimated_by_runs_of_this_processor_if_there_are_any(tables, monkeypatch):
+    tokens = OPTIMISATION.steps * OPTIMISATION.batch_size * 3 * expert("hopper").architecture.context
+    work = tokens * 3 * SIZE.shared
+    runs = {processor(): 10.0, "another": 40.0, None: 80.0}
+    assert unit_costs(tables)["train"] == SECONDS["train"]
+    for (where, seconds), task in zip(runs.items(), ("hopper", "walker2d", "halfcheetah"), strict=True):
+        policy = expert(task)
+        row = run_row(policy, datetime(2026, 11, 20, tzinfo=UTC), seconds, threads=1, precision="float32")
+        tables.append("policies", policy.id, policy_row(policy, SIZE))
+        tables.append("runs", policy.id, run_rows({**row, "processor": where}))
+    assert unit_costs(tables)["train"] == pytest.approx(10 / work)
+    monkeypatch.setattr("orchestrator.costs.processor", lambda: "a third")
+    assert unit_costs(tables)["train"] == pytest.approx((10 + 40 + 80) / (3 * work))
 
 
 @pytest.mark.parametrize("table", SPECS)
