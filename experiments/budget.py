@@ -7,9 +7,9 @@ from typing import Literal, TypeVar
 from experiments._pairs import TASKS
 from experiments.table_2 import ROBOTS
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table
-from orchestrator.recipes import Assemble, FineTune, Perturb, Train
+from orchestrator.recipes import Assemble, FineTune, Perturb, Train, TrainTogether
 
-T = TypeVar("T", Train, FineTune)
+T = TypeVar("T", Train, FineTune, TrainTogether)
 BUDGETS = (0.25, 1.0, 4.0)  # of the profile's steps
 GROUP = "attention+mlp"
 UNNEEDED = "data. Expert data holds one behaviour, whose next action the present state tells, once it is learned well."
