@@ -16,6 +16,7 @@ from dt.merging.groups import units as units_of
 from experiments._units import kind_of
 from experiments.precision import MORE
 from orchestrator.answers import baseline, select
+from orchestrator.cli_work import evaluations_of
 from orchestrator.data_choice import choose_data
 from orchestrator.experiment import Figure, Point, Setting, experiments, get_experiment, merged
 from orchestrator.making import load_dataset
@@ -110,6 +111,29 @@ def test_table_1_is_nine_policies_in_four_variants_with_one_draw() -> None:
     }
     assert len(draws) == 1
     assert {point.labels["quality"] for point in asked} == {"medium-expert", "medium", "expert"}
+
+
+def test_some_of_the_points_by_their_labels() -> None:
+    def ids(name: str, *only: str) -> set[str]:
+        return {evaluation.id for evaluation in evaluations_of([get_experiment(name)], ONE_SEED, only)}
+
+    removed = {p.evaluation.id for p in points("table_1") if p.labels["attention"] in ("removed", "original")}
+    one = {
+        p.evaluation.id for p in points("table_1") if p.labels["task"] == "hopper" and p.labels["quality"] == "medium"
+    }
+    assert ids("table_1", "attention=removed") == removed  # with those before, for retention
+    assert ids("table_1", "attention=removed", "task=hopper", "quality=medium") == removed & one
+    halfway = [p.evaluation for p in points("figure_3") if p.labels["alpha"] in (0, 0.5, 1)]
+    assert ids("figure_3", "alpha=0.5", "alpha=1") == {evaluation.id for evaluation in halfway}
+    assert ids("figure_3") == {p.evaluation.id for p in points("figure_3")}
+
+
+def test_multitask_at_the_usual_budget_is_that_of_table_3() -> None:
+    shared = {p.evaluation.id for p in points("multitask")} & {p.evaluation.id for p in points("table_3")}
+    assert len(shared) == 3 * 3  # on three robots: with masks, without, and each robot's own policy
+    steps = {p.evaluation.policy.optimisation.steps for p in points("multitask")}  # type: ignore[union-attr]
+    once = ONE_SEED.profile.optimisation.steps
+    assert steps == {budget * each for budget in (0.25, 1, 4) for each in (once, 3 * once)}  # HarmoDT: robots in turn
 
 
 def test_merging_nothing_is_the_expert_itself() -> None:
