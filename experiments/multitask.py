@@ -28,7 +28,7 @@ def points(setting: Setting) -> Iterator[Point]:
         yield setting.point(setting.expert(task, seed, QUALITY), task, policy=SINGLE, seed=seed, instance=instance)
 
 
-def _good(statement: str, terms: tuple[tuple[float, Where], ...]) -> Claim:
+def _at_least(statement: str, terms: tuple[tuple[float, Where], ...]) -> Claim:
     return Claim(statement=statement, terms=terms, expected="at least", bound=0.0, value="score")
 
 
@@ -40,12 +40,12 @@ EXPERIMENT = Experiment(
     points=points,
     show=Table(rows=("task",), column="policy", average="task"),
     claims=(
-        _good(
+        _at_least(
             "the longer it is trained, the better (on average)",
             ((1, {"policy": trained_for(BUDGETS[-1])}), (-1, {"policy": trained_for(BUDGETS[0])})),
         ),
         *(
-            _good(
+            _at_least(
                 f"in {BUDGETS[-1]:g} times the steps it reaches {WITHIN:.0%} of single-task ({task})",
                 (
                     (1, {"policy": trained_for(BUDGETS[-1]), "task": task}),
