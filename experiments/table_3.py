@@ -32,7 +32,10 @@ OTHER_TEXT = (
     "training and as many of fine-tuning."
 )
 HEADS = "a mistake of the original: the heads of two of its three robots stay as they began; here all learn."
-SMALL_TRUNK = "the budget: a trunk of the same size learns three robots in the steps that are enough for one."
+SMALL_TRUNK = (
+    "the budget: a trunk of the same size learns three robots in the steps that are enough for one; `multitask` tells "
+    "what more steps do."
+)
 MASKS = "the budget: below 100,000 steps a task, masks have little time to find the weights that tasks disagree about."
 
 Start = Literal["ChibiT", "ChibiT_CO", "ChibiT_R", "random"]
