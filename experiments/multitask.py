@@ -5,11 +5,11 @@ from itertools import product
 
 from experiments._pairs import TASKS
 from experiments.budget import BUDGETS, of_budget
+from experiments.table_3 import WITHIN
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, Where
 from orchestrator.recipes import Quality
 
 QUALITY: Quality = "medium-expert"
-WITHIN = 0.9
 SINGLE = "single-task"
 
 

@@ -13,7 +13,7 @@ from dt.behaviour.policy import load_behaviour_policy
 from dt.errors import UserError, unknown
 from dt.tasks import get_task
 from dt.training.optimisation import Precision
-from orchestrator.answers import Answer, answers, baseline, shown_labels
+from orchestrator.answers import Answer, answers, baseline, select, shown_labels
 from orchestrator.cli_options import RESULTS, console, log
 from orchestrator.costs import estimate, unit_costs
 from orchestrator.data_choice import RECORDED, choose_data
@@ -22,7 +22,7 @@ from orchestrator.engine import Settings
 from orchestrator.engine import run as run_engine
 from orchestrator.estimates import sample_mean
 from orchestrator.experiment import Experiment, Figure, Label, Measure, Setting, get_experiment, merged
-from orchestrator.figures import draw, spell
+from orchestrator.figures import draw, plain, spell
 from orchestrator.plan import datasets_of, make_plan, parts
 from orchestrator.profiles import get_profile
 from orchestrator.progress import duration
@@ -55,29 +55,21 @@ def evaluations_of(experiments: Sequence[Experiment], setting: Setting, only: Se
     points = [point for experiment in experiments for point in experiment.points(setting)]
     if not only:
         return [point.evaluation for point in points]
-    wanted: dict[str, set[str]] = {}
+    where: dict[str, tuple[Label, ...]] = {}
     for option in only:
         label, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"--only takes a label and its value, as in policy=ChibiT: {option!r} given")
-        known = {_typed(point.labels[label]) for point in points if label in point.labels}
+        known = {point.labels[label]: plain(point.labels[label]) for point in points if label in point.labels}
         if not known:
             raise unknown("label", label, {name for point in points for name in point.labels})
-        if value not in known:
-            raise unknown(label, value, known)
-        wanted.setdefault(label, set()).add(value)
-    chosen = [
-        point.evaluation
-        for point in points
-        if all(label in point.labels and _typed(point.labels[label]) in values for label, values in wanted.items())
-    ]
+        if value not in known.values():
+            raise unknown(label, value, set(known.values()))
+        where[label] = (*where.get(label, ()), *(each for each, typed in known.items() if typed == value))
+    chosen = [point.evaluation for point in select(points, where)]
     if not chosen:
         raise UserError(f"no point has all of these labels: {', '.join(only)}")
     return [*chosen, *map(baseline, chosen)]
-
-
-def _typed(label: Label) -> str:
-    return f"{label:g}" if isinstance(label, float) else label
 
 
 def show_plan(evaluations: Sequence[Evaluate], store: Store) -> None:
@@ -109,11 +101,13 @@ def show_plan(evaluations: Sequence[Evaluate], store: Store) -> None:
 def declare(experiments: Sequence[Experiment], setting: Setting, store: Store) -> None:
     """State which evaluations answer the experiments, the paper's numbers, and what the data at hand holds."""
     tables = store.open_tables()
+    points = {experiment.name: list(experiment.points(setting)) for experiment in experiments}
+    evaluations = [point.evaluation for some in points.values() for point in some]
     with store.lock():
         declare_paper(tables)
-        state_datasets(tables, store, datasets_of(_artefacts(evaluations_of(experiments, setting))))
-        for experiment in experiments:
-            declare_experiment(tables, experiment.name, setting.name, list(experiment.points(setting)))
+        state_datasets(tables, store, datasets_of(_artefacts(evaluations)))  # what came by other ways
+        for name, some in points.items():
+            declare_experiment(tables, name, setting.name, some)
 
 
 def compute(recipes: Sequence[Recipe], store: Store, address: str | None, workers: int | None) -> None:

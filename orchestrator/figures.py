@@ -33,8 +33,16 @@ def spell(name: str, value: Label | None) -> str:
     """
     if value is None:
         return ""
-    said = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"α = {said}" if name == "alpha" else said
+    return f"α = {plain(value)}" if name == "alpha" else plain(value)
+
+
+def plain(value: Label) -> str:
+    """A label's value as one would type it.
+
+    >>> plain(0.5), plain(1.0), plain("mean")
+    ('0.5', '1', 'mean')
+    """
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def distinct(cells: tuple[Cell, ...], name: str | None) -> list[Label | None]:

@@ -42,6 +42,10 @@ def _schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, metadata={"meaning": text}) for name, (kind, text) in columns.items()])
 
 
+_MACHINE = {
+    "host": (TEXT, "machine"),
+    "processor": (TEXT, "its model, and the widest products it has; null in rows of before 2026-11-27"),
+}
 _VERSIONS = dict.fromkeys(("mergedt", "torch", "ray", "mujoco", "gymnasium"), (TEXT, "version"))
 
 SPECS: Mapping[str, TableSpec] = MappingProxyType(
@@ -179,8 +183,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                         REAL,
                         "of work: wall time, summed over the parts of a recording and the attempts of a training",
                     ),
-                    "host": (TEXT, "machine"),
-                    "processor": (TEXT, "its model, and the widest products it has; null in rows of before 2026-11-27"),
+                    **_MACHINE,
                     "cpus": (SHORT, "of that machine"),
                     "gpu": (TEXT, "model; null on CPU"),
                     "threads": (SHORT, "torch threads"),
@@ -202,8 +205,7 @@ SPECS: Mapping[str, TableSpec] = MappingProxyType(
                     "floor_seconds": (REAL, "its products alone at the rate measured in the same run"),
                     "rounds": (SHORT, "of each, in turn"),
                     "started": (TIME, "UTC"),
-                    "host": (TEXT, "machine"),
-                    "processor": (TEXT, "its model, and the widest products it has; null in rows of before 2026-11-27"),
+                    **_MACHINE,
                     "cpus": (SHORT, "of that machine; one is used"),
                     **_VERSIONS,
                 }
