@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Literal
 
-from dt.training.harmony import Harmony
+from dt.training.harmony import Importance
 from experiments._pairs import DIFFERENCES, LIKELY, TASKS
 from orchestrator.experiment import Claim, Experiment, Label, Point, Setting, Table
 from orchestrator.recipes import AnyPolicy, Quality, Train, Vote
@@ -17,7 +17,7 @@ NEAR = (
 )
 CO_TRAINING = 1.0  # λ2
 VOTES = 2  # of three tasks
-HARMONIES: Mapping[str, Literal["fisher", "magnitude", "random"]] = {
+HARMONIES: Mapping[str, Importance] = {
     "HarmoDT": "fisher",
     "HarmoDT, by magnitude": "magnitude",
     "HarmoDT, random masks": "random",
@@ -64,8 +64,7 @@ def columns(setting: Setting, quality: Quality, seed: int) -> Iterator[tuple[str
             yield start, setting.merge_freeze_finetune(sources, GROUP, instance), instance
         yield "multi-task", setting.together(TASKS, instance, quality), instance
         for column, importance in HARMONIES.items():
-            harmony = Harmony(interval=setting.profile.harmony_interval, importance=importance)
-            masked = setting.together(TASKS, instance, quality, harmony=harmony)
+            masked = setting.together(TASKS, instance, quality, masks=importance)
             yield column, masked, instance
             if importance == "fisher":
                 yield f"{column}, one trunk", Vote(policy=masked, threshold=VOTES), instance

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-from dt.training.harmony import Harmony
 from experiments._pairs import DIFFERENCES, LIKELY, TASKS
 from experiments.table_3 import DISTANCE, NEAR
 from orchestrator.experiment import Claim, Experiment, Point, Setting, Table, mean_of
@@ -31,11 +30,11 @@ def fine_tuned(setting: Setting, base: TrainTogether, task: str) -> FineTune:
 
 def configurations(setting: Setting, seed: int) -> Iterator[tuple[str, Mapping[str, AnyPolicy]]]:
     """The rows of the table: a policy for each robot, the same one in all rows but that of the experts."""
-    wide, harmony = setting.profile.wide, Harmony(interval=setting.profile.harmony_interval)
+    wide = setting.profile.wide
     base = setting.together(TASKS, seed, "medium", architecture=wide)
     experts = tuple(fine_tuned(setting, base, task) for task in TASKS)
     yield "multi-task on medium", dict.fromkeys(TASKS, base)
-    masked = setting.together(TASKS, seed, "medium", architecture=wide, harmony=harmony)
+    masked = setting.together(TASKS, seed, "medium", architecture=wide, masks="fisher")
     yield "HarmoDT on medium", dict.fromkeys(TASKS, masked)
     yield "finetuned experts", {expert.task: expert for expert in experts}
     for method, fisher in (("mean", None), ("Fisher", setting.fisher)):

@@ -15,7 +15,7 @@ from dt.errors import UserError, unknown
 from dt.frozen import Frozen
 from dt.language.corpus import DOCSTRINGS
 from dt.model.architecture import Architecture
-from dt.training.harmony import Harmony
+from dt.training.harmony import Harmony, Importance
 from orchestrator.data_choice import RECORDED, DataChoice
 from orchestrator.profiles import LanguageBudget, Profile
 from orchestrator.recipes import (
@@ -149,10 +149,11 @@ class Setting:
         seed: int,
         quality: Quality,
         *,
-        harmony: Harmony | None = None,
+        masks: Importance | None = None,
         architecture: Architecture | None = None,
     ) -> TrainTogether:
-        """One policy trained on all tasks' data at once: plainly, or as HarmoDT."""
+        """One policy trained on all tasks' data at once: plainly, or as HarmoDT, its masks going by that importance."""
+        harmony = None if masks is None else Harmony(interval=self.profile.harmony_interval, importance=masks)
         return TrainTogether(
             datasets=tuple(self.data.dataset(task, quality, self.profile) for task in tasks),
             architecture=architecture or self.profile.architecture,

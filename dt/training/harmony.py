@@ -6,6 +6,10 @@ from pydantic import Field
 
 from dt.frozen import Frozen
 
+Importance = Literal[
+    "fisher", "magnitude", "random"
+]  # of a weight to a task: squared gradient, |θ|; random: never swap
+
 
 class Harmony(Frozen):
     """Hyper-parameters of the masks. The defaults are the released code's sizes with its mistakes mended."""
@@ -14,7 +18,7 @@ class Harmony(Frozen):
     interval: int = Field(500, gt=0)  # updates between two swaps
     swapped: float = Field(0.021, ge=0)  # entries swapped per task in the whole run / entries of the matrices
     schedule: Literal["bump", "decay"] = "bump"  # of the swaps: none, most at half time, none; or most to none
-    importance: Literal["fisher", "magnitude", "random"] = "fisher"  # squared gradient, |θ|; random: never swap
+    importance: Importance = "fisher"
     agreement_weight: float = Field(10.0, ge=0)  # λ of agreement against importance
     score_batches: int = Field(10, gt=0)  # whose mean gradient the scores are made of
     scoring: Literal["evaluation", "training"] = "evaluation"  # no dropout, whole gradient; or dropout, clipped
