@@ -55,21 +55,17 @@ def training(rounds: int) -> Iterator[Measurement]:
 
 
 def evaluation(rounds: int) -> Iterator[Measurement]:
-    """Actions of one policy in 25 environments, of four policies together, and one at a time."""
-    data = record_chunk(TASK.name, "expert", 0, 0, 2)
-    policy, other = (_untrained(data, seed) for seed in (0, 1))
+    """Actions of a policy in 25 environments, and in a hundred, against one at a time."""
+    policy = _untrained(record_chunk(TASK.name, "expert", 0, 0, 2), 0)
     short = TASK.model_copy(update={"horizon": 60})
     literal = LiteralEvaluation(TASK, policy)
-    crowd: Mapping[str, list[Policy]] = {"1 policy": [policy], "4 policies": [policy, other] * 2}
     for precision, dtype in DTYPES.items():
-        for name, policies in crowd.items():
-            actions = 25 * short.horizon * len(policies)
-            ours = partial(evaluate, policies, short, episodes=25, seed=0, precision=precision)
-            seconds = interleaved({"ours": ours, "literal": partial(literal.episode, 0, 60)}, rounds)
-            floor = ACTION_FLOP / product_rate(dtype, 25 * TOKENS)
-            yield Measurement(
-                f"action, {precision}, {name}", "action", seconds["ours"] / actions, seconds["literal"] / 60, floor
-            )
+        for episodes in (25, 100):
+            ours = partial(evaluate, policy, short, episodes=episodes, seed=0, precision=precision)
+            seconds = interleaved({"ours": ours, "literal": partial(literal.episode, 0, short.horizon)}, rounds)
+            mine, theirs = seconds["ours"] / (episodes * short.horizon), seconds["literal"] / short.horizon
+            floor = ACTION_FLOP / product_rate(dtype, episodes * TOKENS)
+            yield Measurement(f"action, {precision}, {episodes} episodes", "action", mine, theirs, floor)
 
 
 def merging(rounds: int) -> Iterator[Measurement]:

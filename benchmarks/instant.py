@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from orchestrator.recipes import Evaluate
-from orchestrator.rollouts import WORKER_CPUS, Job, Rows, Sent, rows_of
+from orchestrator.rollouts import WORKER_CPUS, Rows, Sent, rows_of
 
 # Of the forms that `dt.rollout.evaluate` and `dt.model.size` give them, which need PyTorch.
 SIZE: Any = SimpleNamespace(shared=1, specific=0, heads=1, mask_bits=0, transformer=1.0)
@@ -23,14 +23,10 @@ class InstantWorker:
     def ready(self) -> None:
         """Returns once the process lives."""
 
-    def evaluate(self, job: Job, weights: dict[str, Sent]) -> list[Rows]:
+    def evaluate(self, evaluation: Evaluate, weights: dict[str, Sent]) -> Rows:
         """Rows as of an evaluation that took no time."""
         del weights
-        return [_rows(evaluation) for evaluation in job]
-
-
-def _rows(evaluation: Evaluate) -> Rows:
-    zeros = np.zeros(evaluation.episodes)
-    count = zeros.astype(np.int64)
-    episodes: Any = SimpleNamespace(seeds=count, returns=zeros, lengths=count, terminated=zeros > 0)
-    return rows_of(evaluation, episodes, SIZE, datetime.now(UTC), seconds=0.0, threads=1)
+        zeros = np.zeros(evaluation.episodes)
+        count = zeros.astype(np.int64)
+        episodes: Any = SimpleNamespace(seeds=count, returns=zeros, lengths=count, terminated=zeros > 0)
+        return rows_of(evaluation, episodes, SIZE, datetime.now(UTC), seconds=0.0, threads=1)

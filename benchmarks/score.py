@@ -126,7 +126,7 @@ def literal_training(
 
 
 def _returns(policy: Policy, task: Task, budget: Profile) -> float:
-    (episodes,) = evaluate([policy], task, episodes=EPISODES, seed=SEED, precision=budget.evaluation_precision)
+    episodes = evaluate(policy, task, episodes=EPISODES, seed=SEED, precision=budget.evaluation_precision)
     return float(episodes.returns.mean())
 
 

@@ -268,7 +268,7 @@ def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: 
     policy = load_policy(file)
     table = RichTable("task", "return", "score", "episodes", title=str(file), title_justify="left")
     for task in [get_task(name) for name in tasks or policy.heads]:
-        (result,) = evaluate([policy], task, episodes=episodes, seed=seed, precision=precision)
+        result = evaluate(policy, task, episodes=episodes, seed=seed, precision=precision)
         returns = sample_mean(result.returns.tolist(), together=task.name)
         scores = sample_mean(normalised_score(task, result.returns).tolist(), together=task.name)
         table.add_row(task.name, number(returns, "return"), number(scores, "score"), str(episodes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,13 +34,10 @@ Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
 
-MAX_TRIES = 3  # of a job, with a worker that answers no more; each of them lets Ray start its process three times
+MAX_TRIES = (
+    3  # of an evaluation, with a worker that answers no more; each of them lets Ray start its process three times
+)
 RETRY_SECONDS = 5.0  # between two calls to a worker that does not answer
-
-# One. A recipe's result may depend on its recipe alone: a resume stacks only what is left. The rollouts give a policy
-# the same bits in whatever company where oneDNN takes the products (see `dt.rollout.actor`), but not for toy widths nor
-# on every machine; and on a CPU 25 episodes fill the caches: stacking 6 policies saved 15 % of the time at 10 episodes.
-POLICIES_PER_JOB = 1
 
 
 @dataclass(frozen=True)
@@ -53,29 +50,22 @@ class Rows:
     runs: pa.Table
 
 
-Job = tuple[Evaluate, ...]
-
-
-def evaluate_job(job: Job, made: Made, threads: int) -> list[Rows]:
-    """The rows of evaluations that differ in their policy only, all rolled out together."""
+def roll_out(evaluation: Evaluate, made: Made, threads: int) -> Rows:
+    """The rows of an evaluation."""
     from dt.model.size import size_of
     from dt.rollout.evaluate import evaluate
 
-    started, clock, first = datetime.now(UTC), time.perf_counter(), job[0]
-    policies = [realise(evaluation.policy, made) for evaluation in job]
-    results = evaluate(
-        policies,
-        get_task(first.task),
-        episodes=first.episodes,
-        seed=first.seed,
-        target_returns=first.target_return,
-        precision=first.precision,
+    started, clock = datetime.now(UTC), time.perf_counter()
+    policy = realise(evaluation.policy, made)
+    episodes = evaluate(
+        policy,
+        get_task(evaluation.task),
+        episodes=evaluation.episodes,
+        seed=evaluation.seed,
+        target_return=evaluation.target_return,
+        precision=evaluation.precision,
     )
-    seconds = (time.perf_counter() - clock) / len(job)
-    return [
-        rows_of(evaluation, result, size_of(policy), started, seconds, threads)
-        for evaluation, policy, result in zip(job, policies, results, strict=True)
-    ]
+    return rows_of(evaluation, episodes, size_of(policy), started, time.perf_counter() - clock, threads)
 
 
 def rows_of(
@@ -104,8 +94,8 @@ class RolloutWorker:
     def ready(self) -> None:
         """Returns once the process lives."""
 
-    def evaluate(self, job: Job, weights: Mapping[str, Sent]) -> list[Rows]:
-        """The rows of a job whose policies are made of those ingredients."""
+    def evaluate(self, evaluation: Evaluate, weights: Mapping[str, Sent]) -> Rows:
+        """The rows of an evaluation whose policy is made of those ingredients."""
         import torch
 
         from dt.model.policy import Policy
@@ -118,12 +108,12 @@ class RolloutWorker:
                     if isinstance(recipe, Fisher)
                     else Policy.from_arrays(arrays, recipe.architecture)
                 )
-        return evaluate_job(job, self._made, threads=1)
+        return roll_out(evaluation, self._made, threads=1)
 
 
 @ray.remote(num_cpus=0)
 class RolloutPool:
-    """Hands jobs to the workers, actors of that class, as they become idle. All trials of a sweep share one pool."""
+    """Hands evaluations to the workers, actors of that class, as they become idle. A sweep's trials share one pool."""
 
     def __init__(self, weights: Mapping[str, Sent], worker: Any) -> None:
         self._weights, self._worker = weights, worker
@@ -157,12 +147,12 @@ class RolloutPool:
         self._returning.add(task)
         task.add_done_callback(self._returning.discard)
 
-    async def evaluate(self, job: Job) -> list[Rows] | list[Failure]:
-        """The job's rows; or, should it kill its worker or raise, a failure for each of its evaluations.
+    async def evaluate(self, evaluation: Evaluate) -> Rows | Failure:
+        """The evaluation's rows; or, should it kill its worker or raise, its failure.
 
-        A worker that stands still, or cannot be reached, is no fault of the job: another one does it.
+        A worker that stands still, or cannot be reached, is no fault of the evaluation: another one does it.
         """
-        needed = {part.id: self._weights[part.id] for evaluation in job for part in ingredients(evaluation)}
+        needed = {part.id: self._weights[part.id] for part in ingredients(evaluation)}
         failure: RayError | None = None
         for _ in range(MAX_TRIES):
             worker = await self._idle.get()
@@ -171,7 +161,7 @@ class RolloutPool:
                 failure = worker
                 break
             try:
-                rows: list[Rows] = await worker.evaluate.remote(job, needed)
+                rows: Rows = await worker.evaluate.remote(evaluation, needed)
             except ActorUnavailableError as error:  # or it died again and again: Ray says the same of both
                 failure = error
                 ray.kill(worker, no_restart=False)
@@ -188,9 +178,4 @@ class RolloutPool:
                 self._idle.put_nowait(worker)
                 return rows
         assert failure is not None
-        return [Failure(evaluation.id, describe(evaluation), explain(failure)) for evaluation in job]
-
-
-def jobs_of(line: Sequence[Evaluate]) -> list[Job]:
-    """A line cut into jobs."""
-    return [tuple(line[start : start + POLICIES_PER_JOB]) for start in range(0, len(line), POLICIES_PER_JOB)]
+        return Failure(evaluation.id, describe(evaluation), explain(failure))

@@ -1,4 +1,4 @@
-"""Sweeps on Ray Tune: a trial is a stretch of a sweep's lines, and its jobs stream through the shared rollout pool."""
+"""Sweeps on Ray Tune: a trial is a stretch of a sweep's lines, whose evaluations stream through a shared pool."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ray import tune
 from orchestrator.messages import Failure, explain
 from orchestrator.progress import Phase
 from orchestrator.recipes import Artefact, Evaluate, Fisher, Merge, Perturb, Trained, ingredients, trained
-from orchestrator.rollouts import RolloutPool, RolloutWorker, Rows, Weights, jobs_of
+from orchestrator.rollouts import RolloutPool, RolloutWorker, Rows, Weights
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
 
 Line = tuple[Evaluate, ...]
 TRIALS = 256  # at most: one costs Tune some kilobytes and a tenth of a second
-IN_FLIGHT = 8  # jobs that a trial has handed over and not got back: few wait in memory, and no worker waits for one
+IN_FLIGHT = 8  # evaluations that a trial has handed over and not got back: few wait, and no worker waits for one
 
 
 def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
@@ -44,7 +44,7 @@ def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
 def bundles_of(lines: Iterable[Line], count: int = TRIALS) -> list[tuple[Evaluate, ...]]:
     """The evaluations of the lines, in order, in so many bundles of one size.
 
-    In fewer, where a bundle would have fewer jobs than a trial hands over at a time.
+    In fewer, where a bundle would have fewer evaluations than a trial hands over at a time.
     """
     asked = [evaluation for line in lines for evaluation in line]
     size = max(IN_FLIGHT, ceil(len(asked) / count))
@@ -54,8 +54,8 @@ def bundles_of(lines: Iterable[Line], count: int = TRIALS) -> list[tuple[Evaluat
 def concurrent_trials(bundles: int, workers: int) -> int:
     """How many of so many bundles are a trial at once.
 
-    Each is a process: just enough to hand over twice as many jobs as there are workers, and one more while another
-    begins its next bundle.
+    Each is a process: just enough to hand over twice as many evaluations as there are workers, and one more while
+    another begins its next bundle.
     """
     return min(bundles, 1 + ceil(2 * workers / IN_FLIGHT))
 
@@ -115,14 +115,14 @@ def _arrays(part: Artefact, store: Store) -> Weights:
 
 
 def run_bundle(config: dict[str, Any], pool: Any, bundles: list[bytes]) -> None:
-    """The trial: its jobs into the pool, a few at a time, each reported as soon as it is done."""
+    """The trial: its evaluations into the pool, a few at a time, each reported as soon as it is done."""
     bundle: tuple[Evaluate, ...] = pickle.loads(bundles[config["bundle"]])
-    jobs = iter(jobs_of(bundle))
-    waiting = [pool.evaluate.remote(job) for job in islice(jobs, IN_FLIGHT)]
+    rest = iter(bundle)
+    waiting = [pool.evaluate.remote(evaluation) for evaluation in islice(rest, IN_FLIGHT)]
     while waiting:
         ready, waiting = ray.wait(waiting)
-        waiting += [pool.evaluate.remote(job) for job in islice(jobs, len(ready))]
-        results = [result for job in ray.get(ready) for result in job]
+        waiting += [pool.evaluate.remote(evaluation) for evaluation in islice(rest, len(ready))]
+        results = ray.get(ready)
         tune.report({"results": results, "evaluations": len(results)})  # a number that stays: without one Tune prints
 
 

@@ -32,7 +32,7 @@ def test_the_literal_way_returns_what_our_rollouts_of_its_weights_return(task: s
     for _ in range(3):
         training.step()
     literal = LiteralEvaluation(get_task(task), training.policy())
-    (ours,) = evaluate([training.policy()], short, episodes=2, seed=5)
+    ours = evaluate(training.policy(), short, episodes=2, seed=5)
     assert ours.returns == pytest.approx([literal.episode(seed, 30) for seed in (5, 6)], rel=1e-4)
 
 
@@ -45,11 +45,11 @@ def test_a_trained_policy_returns_the_same_over_whole_episodes(task: str, tolera
     if not store.has(recipe):
         pytest.skip("the committed policies are not here")
     policy = store.load_policy(recipe)
-    (ours,) = evaluate([policy], get_task(task), episodes=3, seed=0)
+    ours = evaluate(policy, get_task(task), episodes=3, seed=0)
     literal = LiteralEvaluation(get_task(task), policy)
     assert ours.returns.mean() == pytest.approx(sum(literal.episode(seed) for seed in range(3)) / 3, rel=tolerance)
     short = get_task(task).model_copy(update={"horizon": 20})
-    (begun,) = evaluate([policy], short, episodes=3, seed=0)
+    begun = evaluate(policy, short, episodes=3, seed=0)
     assert begun.returns == pytest.approx([literal.episode(seed, 20) for seed in range(3)], rel=1e-3)
 
 

@@ -37,7 +37,7 @@ from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
 from orchestrator.progress import Pace, phase
 from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Pretrain, Train, closure, ingredients
-from orchestrator.rollouts import Job, RolloutPool, jobs_of
+from orchestrator.rollouts import RolloutPool
 from orchestrator.rows import run_row
 from orchestrator.session import Session
 from orchestrator.store import Store
@@ -77,9 +77,8 @@ def check_episodes(results: Path, asked: list[Evaluate], experts: dict[str, Poli
     rows = Tables(results / "tables").read("episodes")
     torch.set_num_threads(1)
     for one in asked:
-        (episodes,) = evaluate(
-            [made_by_hand(one.policy, experts)], get_task(one.task), episodes=one.episodes, seed=one.seed
-        )
+        policy = made_by_hand(one.policy, experts)
+        episodes = evaluate(policy, get_task(one.task), episodes=one.episodes, seed=one.seed)
         mine = rows.filter([value == one.id for value in rows["evaluation"].to_pylist()])
         assert mine["return"].to_pylist() == episodes.returns.tolist()
         assert mine["length"].to_pylist() == episodes.lengths.tolist()
@@ -160,7 +159,7 @@ def test_merge_freeze_finetune_by_fisher_is_bit_for_bit_the_library_s(finished):
         assert all(np.array_equal(stored[name], array) for name, array in last.result().arrays().items())
     for one in (evaluation(whole, task) for task in TASKS):
         policy = realise(whole, from_store(whole, store))
-        (episodes,) = evaluate([policy], get_task(one.task), episodes=one.episodes, seed=one.seed)
+        episodes = evaluate(policy, get_task(one.task), episodes=one.episodes, seed=one.seed)
         rows = tables.query(f"SELECT \"return\" FROM episodes WHERE evaluation = '{one.id}' ORDER BY episode")
         assert rows["return"].to_pylist() == episodes.returns.tolist()
     (row,) = tables.query("SELECT method, frozen, task FROM policies WHERE kind = 'assemble'").to_pylist()
@@ -198,7 +197,6 @@ def test_lines_are_whole_alpha_grids_in_the_order_asked():
     assert {frozenset(line) for line in lines_of(shuffled)} == {frozenset(line) for line in lines}
     other_starts = evaluation(merged("attention", 0.25)).model_copy(update={"seed": 1})
     assert len(lines_of([*asked, other_starts])) == len(lines) + 1
-    assert [one for job in jobs_of(lines[2]) for one in job] == list(lines[2])
 
 
 def test_bundles_are_of_one_size_and_few() -> None:
@@ -442,8 +440,8 @@ def test_the_token_is_made_for_its_owner_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_pool_does_without_the_worker_that_cannot_start_and_the_job_that_kills_it(tmp_path):
-    """Of three workers one never lives; one job ends whatever process takes it: all others get their rows."""
+def test_a_pool_does_without_the_worker_that_cannot_start_and_the_evaluation_that_kills_it(tmp_path):
+    """Of three workers one never lives; one evaluation ends whatever process takes it: all others get their rows."""
     deadly, *others = sweep()
     died = tmp_path / "died"
 
@@ -459,18 +457,18 @@ def test_a_pool_does_without_the_worker_that_cannot_start_and_the_job_that_kills
         def ready(self) -> None:
             pass
 
-        def evaluate(self, job: Job, weights: object) -> str:
+        def evaluate(self, evaluation: Evaluate, weights: object) -> str:
             del weights
-            if job[0].id == deadly.id:
+            if evaluation.id == deadly.id:
                 os._exit(1)
-            return job[0].id
+            return evaluation.id
 
     parts = {part.id: (part, None) for evaluation in sweep() for part in ingredients(evaluation)}
     pool = RolloutPool.remote(parts, Worker)
     pool.recruit.remote(3)
-    answers = ray.get([pool.evaluate.remote((evaluation,)) for evaluation in (deadly, *others)], timeout=300)
+    answers = ray.get([pool.evaluate.remote(evaluation) for evaluation in (deadly, *others)], timeout=300)
     assert answers[1:] == [evaluation.id for evaluation in others]
-    ((failure,),) = answers[:1]
+    failure = answers[0]
     assert failure.recipe == deadly.id
     assert failure.why.startswith("its process died")
 
@@ -489,5 +487,5 @@ def test_a_pool_without_any_worker_says_why():
     parts = {part.id: (part, None) for evaluation in evaluations for part in ingredients(evaluation)}
     pool = RolloutPool.remote(parts, Worker)
     pool.recruit.remote(2)
-    answers = ray.get([pool.evaluate.remote((evaluation,)) for evaluation in evaluations], timeout=300)
-    assert [failure.recipe for (failure,) in answers] == [evaluation.id for evaluation in evaluations]
+    answers = ray.get([pool.evaluate.remote(evaluation) for evaluation in evaluations], timeout=300)
+    assert [failure.recipe for failure in answers] == [evaluation.id for evaluation in evaluations]

@@ -32,18 +32,17 @@ def test_many_evaluations_leave_their_rows_and_no_memory(ray_session: Session, t
 
 @ray.remote(num_cpus=0)
 class CountingPool:
-    """Counts the jobs that it was handed and has not given back."""
+    """Counts the evaluations that it was handed and has not given back."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
 
-    async def evaluate(self, job: object) -> list[object]:
-        del job
+    async def evaluate(self, evaluation: object) -> None:
+        del evaluation
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(0.02)
         self.now -= 1
-        return []
 
     async def most_at_once(self) -> int:
         return self.most

@@ -1,17 +1,20 @@
-"""Many policies acting in many environments at once, each action exact, no work done twice.
+"""A policy acting in many environments at once, each action exact, no work done twice.
 
-Weights of all policies are stacked, so that one call serves them all (a product of oneDNN's for each, where it is
-there). Of the 3K tokens of a window only three are new at each step, and the window slides without positions (time
-steps are absolute), so embeddings and what the first block's attention reads are kept in a ring of K slots; deeper
-layers see a context that lost its oldest step and are computed afresh. The last block computes the newest state token
-alone. Where that is less work, attention looks at the tokens themselves and not at keys and values made of them.
+Of the 3K tokens of a window only three are new at each step, and the window slides without positions (time steps are
+absolute), so embeddings and what the first block's attention reads are kept in a ring of K slots; deeper layers see a
+context that lost its oldest step and are computed afresh. The last block computes the newest state token alone. Where
+that is less work, attention looks at the tokens themselves and not at keys made of them, and what it finds is what it
+writes, not values to be projected (`_absorbed`).
+
+A step is some hundred operations on arrays that just fit a core's cache, so operations are saved as much as
+multiplications are. Several policies act one after another: stacked, they are slower (docs/design.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -23,15 +26,13 @@ from dt.errors import UserError
 from dt.files import under
 from dt.model.architecture import Activation, Architecture
 from dt.model.policy import Policy
-from dt.model.trunk import LAYER_NORM_EPS, activate
+from dt.model.trunk import LAYER_NORM_EPS, activate, affine
 from dt.tasks import Task
 from dt.training.optimisation import Precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Multiplications under which oneDNN declines a product; it then goes to a kernel whose sums depend on the batch size.
-_SMALL = 16**3
 # What oneDNN's linear map can do with its result, by our names of activations: it halves the time of an MLP.
 _FUSED: Mapping[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
@@ -42,16 +43,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Stack:
-    """The weights of P policies side by side. Each layer norm's affine part is folded into the linear map after it.
+class Weights:
+    """A policy's weights on one task, made ready to act. Each layer norm's affine part is folded into the linear map
+    after it, and weights are (out, in), as oneDNN likes them.
 
     Whatever reads the residual stream is a layer norm, which does not see what all features have in common: that part
     is taken out of all that is written there. It would cost bfloat16 the digits of the rest (attention of nothing but
     ones, as in Table I, writes nothing else).
 
-    blocks: per layer, `attn.c_attn` (P, 3d, d) or what `_absorbed` makes of it, and so on, with biases (P, 3d), in the
-    precision of the products;
-    head: embeddings and statistics (P, …) in float32.
+    blocks: per layer, `attn.c_attn` (3d, d) or what `_absorbed` makes of it, and so on, with biases, in the precision
+    of the products;
+    head: embeddings and statistics in float32. `embed` (3d, A + 1 + S) makes the tokens of the last action, of the
+    return-to-go and of the state in one product; `time` (time steps, 3, d) is added to them.
     """
 
     architecture: Architecture
@@ -59,124 +62,90 @@ class Stack:
     head: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, policies: Sequence[Policy], task: Task, precision: Precision) -> Stack:
-        """Stack policies of one architecture that all have a head for the task. Raises UserError otherwise."""
-        architecture = policies[0].architecture
-        for policy in policies:
-            if policy.architecture != architecture:
-                raise UserError(
-                    f"evaluated together, policies need one architecture: {policy.architecture}, {architecture}"
-                )
-            if not policy.plain:
-                raise UserError("take policies alone on the task: these have trunk parameters or masks of their own")
-
-        def head(name: str) -> Tensor:
-            return torch.stack([policy.heads[task.name][name] for policy in policies])
+    def of(cls, policy: Policy, task: Task, precision: Precision) -> Weights:
+        """Of a policy with a head for the task. Raises UserError if it is several tasks', with parts of their own."""
+        if not policy.plain:
+            raise UserError("take the policy alone on the task: it has trunk parameters or masks of its own")
+        architecture, given, dtype = policy.architecture, policy.heads[task.name], _DTYPES[precision]
+        modalities, times = ("action", "return", "state"), given["embed_timestep.weight"]
+        scale, shift, predict = policy.trunk["ln_f.weight"], policy.trunk["ln_f.bias"], given["predict_action.weight"]
 
         def block(i: int) -> dict[str, Tensor]:
-            """In the precision of the products, (P, out, in) as oneDNN likes its weights."""
-            of_each = [_block(policy, i) for policy in policies]  # one by one: its bits must not depend on its company
-            stacked = {name: torch.stack([tensors[name] for tensors in of_each]) for name in of_each[0]}
-            turned = {name: tensor.mT if name.endswith("weight") else tensor for name, tensor in stacked.items()}
-            return {name: tensor.to(_DTYPES[precision]).contiguous() for name, tensor in turned.items()}
+            turned = ((name, part.T if name.endswith("weight") else part) for name, part in _block(policy, i).items())
+            return {name: part.to(dtype).contiguous() for name, part in turned}
 
-        scale, shift = (
-            torch.stack([policy.trunk[f"ln_f.{part}"] for policy in policies]) for part in ("weight", "bias")
-        )
-        predict = head("predict_action.weight").transpose(1, 2)
-        last_shift = _small_product(shift[:, None], predict)[:, 0] + head("predict_action.bias")
         return cls(
             architecture,
             tuple(block(i) for i in range(architecture.layers)),
             {
-                "return.weight": head("embed_return.weight").transpose(1, 2),
-                "state.weight": head("embed_state.weight").transpose(1, 2),
-                "action.weight": head("embed_action.weight").transpose(1, 2),
-                "bias": torch.stack([head(f"embed_{m}.bias") for m in ("action", "return", "state")], dim=1)[:, None],
-                "ln.weight": head("embed_ln.weight")[:, None, None],
-                "ln.bias": head("embed_ln.bias")[:, None, None],
-                "timestep": head("embed_timestep.weight"),
-                "state_mean": head("state_mean")[:, None],
-                "state_std": head("state_std")[:, None],
-                "predict.weight": scale[:, :, None] * predict,
-                "predict.bias": last_shift[:, None],
+                "embed.weight": torch.block_diag(  # type: ignore[no-untyped-call]
+                    *(given[f"embed_{each}.weight"] for each in modalities)
+                ),
+                "embed.bias": torch.cat([given[f"embed_{each}.bias"] for each in modalities]),
+                "ln.weight": given["embed_ln.weight"],
+                "ln.bias": given["embed_ln.bias"],
+                "time": _centred(torch.stack([torch.cat([times[:1], times[:-1]]), times, times], dim=1)),
+                "state_mean": given["state_mean"],
+                "state_std": given["state_std"],
+                "predict.weight": predict * scale * architecture.width**0.5,
+                "predict.bias": predict @ shift + given["predict_action.bias"],
             },
         )
 
-    def select(self, policies: Tensor) -> Stack:
-        """Only these policies, in this order."""
-
-        def pick(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor[policies] for name, tensor in tensors.items()}
-
-        return replace(self, blocks=tuple(map(pick, self.blocks)), head=pick(self.head))
-
 
 class Actor:
-    """P policies × E environments of one task, one time step after another."""
+    """A policy in E environments of one task, one time step after another."""
 
-    def __init__(self, stack: Stack, episodes: int, action_dim: int) -> None:
-        policies, k, d = len(stack.head["timestep"]), stack.architecture.context, stack.architecture.width
-        self._stack, self._time = stack, 0
-        dtype = stack.blocks[0]["mlp.c_fc.weight"].dtype
-        # Rings over time steps of (return-to-go, state, action) tokens. In bfloat16 the residual stream is, too.
-        self._tokens = torch.zeros(policies, episodes, k, 3, d, dtype=dtype)
-        reads = _reads(self._tokens[:, :, 0], stack.blocks[0])  # for their widths
-        self._reads = [torch.zeros(*self._tokens.shape[:4], each.shape[-1], dtype=dtype) for each in reads]
-        self._blocked = _blocked_by_rotation(k)
-        self._last_action = torch.zeros(policies, episodes, action_dim)
+    def __init__(self, weights: Weights, episodes: int) -> None:
+        context, d = weights.architecture.context, weights.architecture.width
+        self._weights, self._time = weights, 0
+        dtype = weights.blocks[0]["mlp.c_fc.weight"].dtype
+        # Rings over time steps of (last action, return-to-go, state) tokens. In bfloat16 the residual stream is, too.
+        self._tokens = torch.zeros(episodes, 3 * context, d, dtype=dtype)
+        self._reads = [torch.zeros_like(self._tokens) for _ in ("queries", "keys", "values")]
+        self._blocked = _blocked_by_rotation(context).to(dtype)
+        self._last_action = torch.zeros(episodes, len(weights.head["predict.bias"]))
 
-    def keep(self, policies: Tensor, episodes: Tensor) -> None:
-        """Go on with these policies (P',) and, for each, these episodes (P', E')."""
-        self._stack = self._stack.select(policies)
-        rows = policies[:, None]
-        self._tokens = self._tokens[rows, episodes]
-        self._reads = [ring[rows, episodes] for ring in self._reads]
-        self._last_action = self._last_action[rows, episodes]
+    def keep(self, episodes: Tensor) -> None:
+        """Go on with these episodes (E',)."""
+        self._tokens = self._tokens[episodes]
+        self._reads = [ring[episodes] for ring in self._reads]
+        self._last_action = self._last_action[episodes]
 
     @torch.inference_mode()
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
-        """Raw observations (P, E, S) and scaled returns-to-go (P, E), both float32 → actions (P, E, A)."""
-        stack, k, heads = self._stack, self._stack.architecture.context, self._stack.architecture.heads
-        now, filled = self._time % k, min(self._time + 1, k)
+        """Raw observations (E, S) and scaled returns-to-go (E,), both float32 → actions (E, A)."""
+        weights, context = self._weights, self._weights.architecture.context
+        heads, activation = weights.architecture.heads, weights.architecture.activation
+        now, tokens = self._time % context, 3 * min(self._time + 1, context)
         self._push(observations, returns_to_go, now)
-        x = self._tokens[:, :, :filled].flatten(2, 3)  # (P, E, T, d)
-        blocked = self._blocked[now, : 3 * filled, : 3 * filled]
-        newest = slice(3 * now + 1, 3 * now + 2)  # state token
-        for block in stack.blocks:
-            asking = newest if block is stack.blocks[-1] else slice(None)
-            if block is stack.blocks[0]:
-                queries, *seen = (ring[:, :, :filled].flatten(2, 3) for ring in self._reads)
-                queries = queries[:, :, asking]
+        x = self._tokens[:, :tokens]
+        blocked = self._blocked[now if tokens == len(self._blocked[0]) else -1, :tokens, :tokens]
+        newest = slice(3 * now + 2, 3 * now + 3)  # state token
+        for block in weights.blocks:
+            asking = newest if block is weights.blocks[-1] else slice(None)
+            if block is weights.blocks[0]:
+                queries, keys, values = (ring[:, :tokens] for ring in self._reads)
+                queries = queries[:, asking]
             else:
-                queries, *seen = _reads(x, block, asking)
-            mixed = _attend(queries, seen, blocked[asking], heads)
-            x = _linear(mixed, block, "attn.c_proj", plus=x[:, :, asking])
-            hidden = _linear(_norm(x), block, "mlp.c_fc", activation=stack.architecture.activation)
+                queries, keys, values = _reads(x, block, asking)
+            x = _attended(x[:, asking], queries, keys, values, blocked[asking], block, heads)
+            hidden = _linear(_unit(x), block, "mlp.c_fc", activation=activation)
             x = _linear(hidden, block, "mlp.c_proj", plus=x)
-        features = _norm(x[:, :, 0].float())
-        self._last_action = torch.tanh(
-            _small_product(features, stack.head["predict.weight"]) + stack.head["predict.bias"]
-        )
+        self._last_action = torch.tanh(_linear(_unit(x[:, 0].float()), weights.head, "predict"))
         self._time += 1
         return self._last_action
 
     def _push(self, observations: Tensor, returns_to_go: Tensor, now: int) -> None:
         """Embed the three new tokens: the last action, the return-to-go and the state; the oldest step goes."""
-        head, context = self._stack.head, self._stack.architecture.context
+        head, d = self._weights.head, self._weights.architecture.width
         states = (observations - head["state_mean"]) / head["state_std"]
-        modalities = (
-            _small_product(self._last_action, head["action.weight"]),
-            returns_to_go[:, :, None] * head["return.weight"],
-            _small_product(states, head["state.weight"]),
-        )
-        embedded = torch.stack(modalities, dim=2) + head["bias"]  # (P, E, 3, d)
-        times = torch.tensor([max(self._time - 1, 0), self._time, self._time])
-        new = _norm(embedded) * head["ln.weight"] + head["ln.bias"] + head["timestep"][:, None, times]
-        new = _centred(new).to(self._tokens.dtype)
-        for ring, fresh in zip((self._tokens, *self._reads), (new, *_reads(new, self._stack.blocks[0])), strict=True):
-            ring[:, :, (now - 1) % context, 2] = fresh[:, :, 0]
-            ring[:, :, now, :2] = fresh[:, :, 1:]
+        known = torch.cat([self._last_action, returns_to_go[:, None], states], dim=1)
+        embedded = _linear(known, head, "embed").view(-1, 3, d)
+        normal = F.layer_norm(embedded, (d,), head["ln.weight"], head["ln.bias"], LAYER_NORM_EPS)
+        new = (_centred(normal) + head["time"][self._time]).to(self._tokens.dtype)
+        for ring, fresh in zip((self._tokens, *self._reads), (new, *_reads(new, self._weights.blocks[0])), strict=True):
+            ring[:, 3 * now : 3 * now + 3] = fresh
 
 
 def _block(policy: Policy, i: int) -> dict[str, Tensor]:
@@ -185,9 +154,10 @@ def _block(policy: Policy, i: int) -> dict[str, Tensor]:
     trunk = under(f"h.{i}.", policy.trunk)
 
     def fold(norm: str, linear: str) -> tuple[Tensor, Tensor]:
-        """(x̂·γ + β)W + b = x̂·(γW) + (βW + b)."""
+        """(x̂·γ + β)W + b = x̂/√d·(√d·γW) + (βW + b)."""
         weight = trunk[f"{linear}.weight"]
-        return trunk[f"{norm}.weight"][:, None] * weight, trunk[f"{norm}.bias"] @ weight + trunk[f"{linear}.bias"]
+        gain = architecture.width**0.5 * trunk[f"{norm}.weight"][:, None]
+        return gain * weight, trunk[f"{norm}.bias"] @ weight + trunk[f"{linear}.bias"]
 
     def written(linear: str) -> tuple[Tensor, Tensor]:
         return _centred(trunk[f"{linear}.weight"]), _centred(trunk[f"{linear}.bias"])
@@ -201,8 +171,11 @@ def _block(policy: Policy, i: int) -> dict[str, Tensor]:
         "mlp.c_fc": fold("ln_2", "mlp.c_fc"),
         "mlp.c_proj": written("mlp.c_proj"),
     }
-    if architecture.heads == 1 or 0 < i == architecture.layers - 1:  # one head, or one query: then it is less work
+    last = i == architecture.layers - 1
+    if architecture.heads == 1 or (last and i > 0):  # one head, or one query: then it is less work
         found |= _absorbed(*found.pop("attn.c_attn"), *found["attn.c_proj"], architecture.heads)
+        if not last:
+            found["attn.write"] = found.pop("attn.c_proj")
     return {
         f"{linear}.{part}": each
         for linear, both in found.items()
@@ -217,6 +190,7 @@ def _absorbed(
     W_v (Σ a·x) + b_v. (What the keys' biases add to a score, softmax does not see.)
 
     So `attn.read` (d, heads·d) is W_kᵀ after W_q and `attn.c_proj` (heads·d, d) the projection after W_v, head by head.
+    (Of one head and many queries, that projection is made of each token before it is looked at: `attn.write`.)
     """
     width = len(c_attn)
     query, key, value = c_attn.view(width, 3, heads, -1).unbind(1)  # (d, heads, d/heads)
@@ -234,28 +208,28 @@ def _absorbed(
     }
 
 
-def _reads(x: Tensor, block: Mapping[str, Tensor], asking: slice = slice(None)) -> tuple[Tensor, ...]:
-    """Tokens x (P, E, T, d) → the scaled queries of those that ask, and what they see: keys and values, or tokens."""
-    normal = _norm(x)
-    if "attn.read.weight" in block:
-        return _linear(normal[:, :, asking], block, "attn.read"), normal
-    return _linear(normal, block, "attn.c_attn").chunk(3, dim=-1)
+def _reads(x: Tensor, block: Mapping[str, Tensor], asking: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens x (E, T, d) → the scaled queries of those that ask, and all keys and values, or what stands for them."""
+    unit = _unit(x)
+    if "attn.c_attn.weight" in block:
+        queries, keys, values = _linear(unit, block, "attn.c_attn").chunk(3, dim=-1)
+        return queries[:, asking], keys, values
+    values = _linear(unit, block, "attn.write") if "attn.write.weight" in block else unit
+    return _linear(unit[:, asking], block, "attn.read"), unit, values
 
 
 def _blocked_by_rotation(context: int) -> Tensor:
-    """(K, 3K, 3K) additive causal masks, float32: row `now` is for a ring whose newest time step lies in slot `now`."""
+    """(K, 3K, 3K) additive causal masks, float32: row `now` is for a full ring with its newest time step in slot `now`.
+
+    The last row is also that of a ring that is filling, as far as it is full. Nobody looks at the oldest slot's action,
+    which was taken before the window begins (but it at itself, so that no row of the softmax is empty).
+    """
     slots, kinds = torch.arange(context), torch.arange(3)
     age_order = (slots[None] - slots[:, None] - 1) % context  # [now, slot]: 0 for the oldest
     order = (3 * age_order[:, :, None] + kinds).flatten(1)
-    return torch.zeros(context, 3 * context, 3 * context).masked_fill_(order[:, None, :] > order[:, :, None], -1e9)
-
-
-def _small_product(x: Tensor, weight: Tensor) -> Tensor:
-    """(P, E, in) · (P, in, out) → (P, E, out), each sum in the same order however many rows there are.
-
-    Products this small take a kernel that depends on their size; the trunk's do not (see `fast_float32`).
-    """
-    return (x[..., None] * weight[:, None]).sum(dim=2)
+    blocked = order[:, None, :] > order[:, :, None]
+    blocked |= (order == 0)[:, None, :] & (order != 0)[:, :, None]
+    return torch.zeros(context, 3 * context, 3 * context).masked_fill_(blocked, -1e9)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -263,33 +237,31 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(dim=-1, keepdim=True)
 
 
-def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+def _unit(x: Tensor) -> Tensor:
+    """What layer norm makes of tokens, over √d: it need not take out their mean, for they are centred."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.hypot(length, length.new_tensor((x.shape[-1] * LAYER_NORM_EPS) ** 0.5))
 
 
 def _linear(
     x: Tensor,
-    block: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     name: str,
     *,
     activation: Activation | None = None,
     plus: Tensor | None = None,
 ) -> Tensor:
-    """(P, E, T, in) → (P, E, T, out) by each policy's own weights, in their precision; then activated, or with `plus`
-    (P, E, T, out) added."""
-    weights, biases = block[f"{name}.weight"], block[f"{name}.bias"]
+    """(…, in) → (…, out) in the weights' precision; then activated, or with `plus` (…, out) added."""
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
     if activation not in _FUSED or not _fusing(x.dtype):
-        y = torch.baddbmm(biases[:, None], x.flatten(1, 2), weights.mT).reshape(*x.shape[:3], -1)
+        y = affine(x, weight.T, bias)
         y = y if activation is None else activate(y, activation)
         return y if plus is None else y + plus
     fused = torch.ops.mkldnn._linear_pointwise
-    if plus is None:
-        after = _FUSED[activation]
-        made = [fused(own, weight, bias, *after) for own, weight, bias in zip(x, weights, biases, strict=True)]
-    else:
-        parts = zip(x, plus, weights, biases, strict=True)
-        made = [fused.binary(own, to, weight, bias, "add") for own, to, weight, bias in parts]
-    return made[0][None] if len(made) == 1 else torch.stack(made)
+    made: Tensor = (
+        fused(x, weight, bias, *_FUSED[activation]) if plus is None else fused.binary(x, plus, weight, bias, "add")
+    )
+    return made
 
 
 @cache
@@ -300,29 +272,26 @@ def _fusing(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _attend(queries: Tensor, seen: Sequence[Tensor], blocked: Tensor, heads: int) -> Tensor:
-    """What queries find, in their shape, the same bits whatever P and E.
+def _attended(
+    x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor, block: Mapping[str, Tensor], heads: int
+) -> Tensor:
+    """x (E, Q, d), and with it what its queries find. blocked: (Q, T).
 
-    Queries (P, E, Q, d) see keys and values, (P, E, T, d) each and split by heads; or queries (P, E, Q, heads·d) see
-    tokens (P, E, T, d), where each head's query is one more of a single head's. blocked: (Q, T).
+    Queries (E, Q, d) see keys and values, (E, T, d) each and split by heads; or queries (E, Q, heads·d) see tokens
+    (E, T, d), where each head's query is one more of a single head's.
     """
-    keys, values = seen[0], seen[-1]
-    heads = heads if len(seen) == 2 else 1
-    together, each = keys.shape[0] * keys.shape[1], keys.shape[3] // heads
-
-    def split(x: Tensor) -> Tensor:
-        return x.reshape(together, -1, heads, each).transpose(1, 2)
-
-    q, k, v = split(queries), split(keys), split(values)
-    if q[0, 0].numel() * k.shape[2] >= _SMALL:
-        weights = F.softmax(q @ k.transpose(-1, -2) + blocked, dim=-1)  # float32, for bfloat16 takes thrice the time
-        mixed = weights.to(v.dtype) @ v
-    elif q.dtype == torch.float32:  # where the fused kernel's sums depend on P and E, on some CPUs
-        scores = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1) + blocked
-        mixed = (F.softmax(scores, dim=-1)[..., None] * v[:, :, None]).sum(dim=-2)
+    absorbed = "attn.c_attn.weight" not in block
+    if absorbed:
+        q, k, v = queries.reshape(len(queries), -1, keys.shape[2]), keys, values
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=blocked.to(q.dtype).expand(q.shape[2], -1), scale=1.0)
-    return mixed.transpose(1, 2).reshape(queries.shape)
+        q, k, v = (y.reshape(*y.shape[:2], heads, -1).transpose(1, 2).flatten(0, 1) for y in (queries, keys, values))
+    scores = torch.baddbmm(blocked, q, k.mT)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)  # bfloat16's own takes thrice the time
+    if "attn.write.weight" in block:
+        return torch.baddbmm(x, weights, v)
+    found = torch.bmm(weights, v)
+    together = found if absorbed else found.reshape(len(x), heads, *found.shape[1:]).transpose(1, 2)
+    return _linear(together.reshape(queries.shape), block, "attn.c_proj", plus=x)
 
 
 @contextmanager
@@ -336,8 +305,5 @@ def _medium() -> Iterator[None]:
 
 
 def fast_float32() -> AbstractContextManager[None]:
-    """Route float32 products to oneDNN where that still is float32: on a CPU without AMX it is 1.6–2 times faster.
-
-    Its products also do not depend on the number of rows, so a policy gets the same bits in whatever company.
-    """
+    """Route float32 products to oneDNN where that still is float32: on a CPU without AMX it is 1.6–2 times faster."""
     return nullcontext() if torch.cpu._is_amx_tile_supported() else _medium()

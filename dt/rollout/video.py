@@ -15,7 +15,7 @@ from PIL import Image
 from dt.errors import UserError
 from dt.files import write_atomically
 from dt.model.policy import Policy
-from dt.rollout.actor import Actor, Stack
+from dt.rollout.actor import Actor, Weights
 from dt.tasks import Task
 
 
@@ -38,8 +38,7 @@ def record_video(
         os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo's renderer is first imported
     from dt.rollout.physics import make_environment
 
-    stack = Stack.of([policy], task, "float32")
-    actor = Actor(stack, 1, task.action_dim)
+    actor = Actor(Weights.of(policy, task, "float32"), 1)
     goal = float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return
     collected, frames = 0.0, []
     environment = make_environment(task.environment, render_mode="rgb_array", width=size[0], height=size[1])
@@ -49,10 +48,10 @@ def record_video(
             if step % every == 0:
                 frames.append(_render(environment))
             action = actor.act(
-                torch.from_numpy(observation.astype(np.float32))[None, None],
-                torch.tensor([[(goal - collected) / task.return_scale]]),
+                torch.from_numpy(observation.astype(np.float32))[None],
+                torch.tensor([(goal - collected) / task.return_scale]),
             )
-            observation, reward, terminated, _, _ = environment.step(action[0, 0].numpy())
+            observation, reward, terminated, _, _ = environment.step(action[0].numpy())
             collected += float(reward)
             if terminated:
                 break

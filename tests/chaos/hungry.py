@@ -1,5 +1,5 @@
 """A pool of two rollout actors, one of which takes more memory than there is to take, once or whenever it is asked.
-Usage: hungry.py MARK. Prints which process did which job, what became of the job
+Usage: hungry.py MARK. Prints which process did which evaluation, what became of the one
 that never has enough, and which processes took too much.
 
 Ray's memory monitor ends the process; the test sets the limit (RAY_memory_usage_threshold) a little above what is used.
@@ -14,13 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ray
-from pool import jobs, pool_of
+from pool import pool_of
+from toy import sweep
 
-from orchestrator.rollouts import WORKER_CPUS, Job
+from orchestrator.recipes import Evaluate
+from orchestrator.rollouts import WORKER_CPUS
 from orchestrator.session import connect
 
 MARK = Path(sys.argv[1])
-ONCE, ALWAYS = 0, 1  # the jobs that take too much
+ONCE, ALWAYS = 0, 1  # the evaluations that take too much
 MOST = 12 << 30  # bytes that are taken before giving up on being noticed
 
 
@@ -34,10 +36,10 @@ class Worker:
     def ready(self) -> None:
         """It is."""
 
-    def evaluate(self, job: Job, weights: object) -> int:
+    def evaluate(self, evaluation: Evaluate, weights: object) -> int:
         """A moment of work."""
         del weights
-        kind = self._greedy.get(job[0].id)
+        kind = self._greedy.get(evaluation.id)
         if kind == ALWAYS or (kind == ONCE and not self._mark.exists()):
             with self._mark.open("a") as mark:
                 print(os.getpid(), file=mark)
@@ -54,14 +56,14 @@ def _eat() -> None:
 
 
 def main() -> None:
-    """All jobs at once, twice."""
-    asked = jobs()
-    greedy = {asked[kind][0].id: kind for kind in (ONCE, ALWAYS)}
+    """All evaluations at once, twice."""
+    asked = sweep()
+    greedy = {asked[kind].id: kind for kind in (ONCE, ALWAYS)}
     with connect("local", cpus=2):
         pool = pool_of(SimpleNamespace(remote=partial(Worker.remote, MARK, greedy)))
-        answers = ray.get([pool.evaluate.remote(job) for job in asked])
-        after = ray.get([pool.evaluate.remote(job) for job in asked if job[0].id not in greedy])
-    told = [answer if isinstance(answer, int) else [failure.why for failure in answer] for answer in answers]
+        answers = ray.get([pool.evaluate.remote(evaluation) for evaluation in asked])
+        after = ray.get([pool.evaluate.remote(evaluation) for evaluation in asked if evaluation.id not in greedy])
+    told = [answer if isinstance(answer, int) else answer.why for answer in answers]
     print(json.dumps({"answers": told, "after": after, "greedy": [int(line) for line in MARK.read_text().split()]}))
 
 

@@ -1,4 +1,4 @@
-"""A pool of two rollout actors one of which is stopped, as on a machine that hangs. Prints which process did which job.
+"""A pool of two rollout actors one of which is stopped, as on a machine that hangs. Prints which process did what.
 
 Ray notices in minutes; the test lets it look more often (RAY_grpc_client_keepalive_...).
 """
@@ -9,7 +9,8 @@ import signal
 import time
 
 import ray
-from pool import jobs, pool_of
+from pool import pool_of
+from toy import sweep
 
 from orchestrator.rollouts import WORKER_CPUS
 from orchestrator.session import connect
@@ -22,20 +23,20 @@ class Worker:
     def ready(self) -> None:
         """It is."""
 
-    def evaluate(self, job: object, weights: object) -> int:
+    def evaluate(self, evaluation: object, weights: object) -> int:
         """Half a second of work."""
-        del job, weights
+        del evaluation, weights
         time.sleep(0.5)
         return os.getpid()
 
 
 def main() -> None:
-    """Some jobs, a stop, more jobs, and jobs until the stopped one's successor takes part."""
+    """Some evaluations, a stop, more of them, and more until the stopped one's successor takes part."""
     with connect("local", cpus=2):
         pool = pool_of(Worker)
 
         def answers() -> list[int]:
-            return ray.get([pool.evaluate.remote(job) for job in jobs()])
+            return ray.get([pool.evaluate.remote(evaluation) for evaluation in sweep()])
 
         first = answers()
         os.kill(first[0], signal.SIGSTOP)
