@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Measure on one core, so that numbers of machines of any size compare."""
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training workers do; it helps the literal way as well
+    keep_freed_memory()  # as all workers do; it helps the literal way as well
     console, started = Console(), datetime.now(UTC)
     for name in cases or CASES:
         if name not in CASES:

@@ -37,8 +37,9 @@ PARAMETERS = block_parameters(BASE)
 ASK, WRITE, MLP = 1, 1, 8
 # Forward and twice as much backward; of the last block a third of the tokens is read.
 STEP_FLOP = 6 * WINDOWS * TOKENS * (BASE.layers - 1 + 1 / 3) * (ASK + WRITE + MLP) * BASE.width**2
-# At a full context, when nothing is computed twice: the first block's queries are known, the last has one token.
-ACTION_FLOP = 2 * TOKENS * ((BASE.layers - 1) * (ASK + WRITE + MLP) - ASK) * BASE.width**2
+# At a full context, nothing computed twice: the first block has asked and written before, the last has one token.
+ACTION_FLOP = 2 * TOKENS * ((BASE.layers - 1) * (ASK + WRITE + MLP) - ASK - WRITE) * BASE.width**2
+SWEPT = 48  # evaluations
 DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,7 +146,8 @@ def planning(rounds: int) -> Iterator[Measurement]:
 def orchestration(rounds: int) -> Iterator[Measurement]:
     """A sweep of merges through Tune, pool and commits, on one worker and on two; its floor is what the rollouts took.
 
-    On two the literal way is one worker, so that "× faster" says how it scales.
+    On two the literal way is one worker, so that "× faster" says how it scales. Of the size of a small experiment, for
+    Tune and the workers take some seconds to start; so it takes minutes, and one round where others take nine.
     """
     from benchmarks.scale import Curve
     from orchestrator.session import connect
@@ -155,26 +157,32 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
     experts = [Train(dataset=Recording(task=TASK.name, quality="expert", episodes=1), seed=seed) for seed in (0, 1)]
     policies = [_untrained(data, expert.seed) for expert in experts]
     asked = [
-        Evaluate(policy=Merge(sources=tuple(experts), group="mlp", alpha=i / 10), task=TASK.name, episodes=10, seed=0)
-        for i in range(8)
-    ]
-    rollouts: dict[int, list[float]] = {1: [], 2: []}  # seconds an evaluation, by workers
+        Evaluate(
+            policy=Merge(sources=tuple(experts), group="mlp", alpha=i / SWEPT), task=TASK.name, episodes=25, seed=0,
+            precision="bfloat16",
+        )
+        for i in range(SWEPT)
+    ]  # fmt: skip
 
-    def swept(workers: int) -> None:
+    def swept(asked: Sequence[Evaluate], workers: int) -> tuple[float, float]:
+        """Seconds of the sweep, and of its rollouts added up; an evaluation."""
         with TemporaryDirectory() as folder:
             store, tables = Store(folder), Tables(Path(folder, "tables"))
             for expert, policy in zip(experts, policies, strict=True):
                 store.save(expert, policy)
+            began = time.perf_counter()
             failures = sweep(asked, store, tables, workers=workers, phase=Curve(len(asked)))
+            seconds = time.perf_counter() - began
             (row,) = tables.query("SELECT sum(seconds) AS seconds FROM runs").to_pylist()
         assert not failures
-        rollouts[workers].append(row["seconds"] / len(asked))
+        return seconds / len(asked), row["seconds"] / len(asked)
 
     with connect("local", cpus=2):
-        seconds = interleaved({"one": partial(swept, 1), "two": partial(swept, 2)}, max(1, rounds // 3))
-    one, two = seconds["one"] / len(asked), seconds["two"] / len(asked)
-    yield Measurement("sweep on 1 worker", "evaluation", one, None, median(rollouts[1][1:]))
-    yield Measurement("sweep on 2 workers", "evaluation", two, one, median(rollouts[2][1:]) / 2)
+        swept(asked[:2], 2)
+        found = [(*swept(asked, 1), *swept(asked, 2)) for _ in range(max(1, rounds // 9))]
+    one, rollouts_of_one, two, rollouts_of_two = map(median, zip(*found, strict=True))
+    yield Measurement(f"{SWEPT} evaluations on 1 worker", "evaluation", one, None, rollouts_of_one)
+    yield Measurement(f"{SWEPT} evaluations on 2 workers", "evaluation", two, one, rollouts_of_two / 2)
 
 
 def _untrained(data: Trajectories, seed: int) -> Policy:

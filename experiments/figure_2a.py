@@ -12,7 +12,7 @@ ALPHAS = (0.5, 1.0)
 
 def points(setting: Setting) -> Iterator[Point]:
     """The unmerged experts, then 6 ordered pairs × every unit × α."""
-    for seed in setting.profile.sweep_seeds:
+    for seed in setting.profile.training_seeds:
         expert = {task: setting.expert(task, seed) for task in TASKS}
         for task in TASKS:
             yield Point(

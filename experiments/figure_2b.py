@@ -17,7 +17,7 @@ def points(setting: Setting) -> Iterator[Point]:
     """Prefixes of 0, 1, … all units. `next` is the kind of the unit that the following prefix adds."""
     units = units_of(setting.profile.architecture, setting.profile.granularity)
     names, kinds = ("none", *units), ("none", *map(kind_of, units))
-    for seed in setting.profile.sweep_seeds:
+    for seed in setting.profile.training_seeds:
         for target, source in PAIRS:
             to, other = setting.expert(target, seed), setting.expert(source, seed)
             for count in range(len(names)):

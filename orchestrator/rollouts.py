@@ -87,7 +87,10 @@ class RolloutWorker:
     def __init__(self) -> None:
         import torch
 
+        from dt.memory import keep_freed_memory
+
         torch.set_num_threads(1)
+        keep_freed_memory()
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and we never write to it
         self._made: dict[str, Policy | FisherEstimate] = {}
 

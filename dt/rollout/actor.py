@@ -7,7 +7,7 @@ that is less work, attention looks at the tokens themselves and not at keys made
 writes, not values to be projected (`_absorbed`).
 
 A step is some hundred operations on arrays that just fit a core's cache, so operations are saved as much as
-multiplications are. Several policies act one after another: stacked, they are slower (docs/design.md).
+multiplications are. An actor is one policy: of several, stacked, the products would have to be laid side by side.
 """
 
 from __future__ import annotations
