@@ -36,7 +36,11 @@ SMALL_TRUNK = (
     "the budget: a trunk of the same size learns three robots in the steps that are enough for one; `multitask` tells "
     "what more steps do."
 )
-MASKS = "the budget: below 100,000 steps a task, masks have little time to find the weights that tasks disagree about."
+MASKS = (
+    "the tasks: what is published of HarmoDT is of 5 to 50 tasks of one robot, and three robots with heads of their "
+    "own may have little to disagree about in a trunk. In four times the steps (`multitask`) masks of either kind and "
+    "none come to the same."
+)
 
 Start = Literal["ChibiT", "ChibiT_CO", "ChibiT_R", "random"]
 STARTS: tuple[Start, ...] = ("ChibiT", "ChibiT_CO", "ChibiT_R", "random")
