@@ -53,8 +53,9 @@ class Weights:
 
     blocks: per layer, `attn.c_attn` (3d, d) or what `_absorbed` makes of it, and so on, with biases, in the precision
     of the products;
-    head: embeddings and statistics in float32. `embed` (3d, A + 1 + S) makes the tokens of the last action, of the
-    return-to-go and of the state in one product; `time` (time steps, 3, d) is added to them.
+    head: embeddings and statistics in float32. `embed` (A + 1 + S, 3d) makes the tokens of the last action, of the
+    return-to-go and of the state in one product; `time` (time steps, 3, d) is added to them. Weights are (in, out): for
+    a product so small, oneDNN takes longer to begin than another library to end.
     """
 
     architecture: Architecture
@@ -79,7 +80,7 @@ class Weights:
             tuple(block(i) for i in range(architecture.layers)),
             {
                 "embed.weight": torch.block_diag(  # type: ignore[no-untyped-call]
-                    *(given[f"embed_{each}.weight"] for each in modalities)
+                    *(given[f"embed_{each}.weight"].T for each in modalities)
                 ),
                 "embed.bias": torch.cat([given[f"embed_{each}.bias"] for each in modalities]),
                 "ln.weight": given["embed_ln.weight"],
@@ -87,7 +88,7 @@ class Weights:
                 "time": _centred(torch.stack([torch.cat([times[:1], times[:-1]]), times, times], dim=1)),
                 "state_mean": given["state_mean"],
                 "state_std": given["state_std"],
-                "predict.weight": predict * scale * architecture.width**0.5,
+                "predict.weight": (predict * scale).T.contiguous() * architecture.width**0.5,
                 "predict.bias": predict @ shift + given["predict_action.bias"],
             },
         )
@@ -116,7 +117,7 @@ class Actor:
     def act(self, observations: Tensor, returns_to_go: Tensor) -> Tensor:
         """Raw observations (E, S) and scaled returns-to-go (E,), both float32 → actions (E, A)."""
         weights, context = self._weights, self._weights.architecture.context
-        heads, activation = weights.architecture.heads, weights.architecture.activation
+        heads, activation, head = weights.architecture.heads, weights.architecture.activation, weights.head
         now, tokens = self._time % context, 3 * min(self._time + 1, context)
         self._push(observations, returns_to_go, now)
         x = self._tokens[:, :tokens]
@@ -132,7 +133,7 @@ class Actor:
             x = _attended(x[:, asking], queries, keys, values, blocked[asking], block, heads)
             hidden = _linear(_unit(x), block, "mlp.c_fc", activation=activation)
             x = _linear(hidden, block, "mlp.c_proj", plus=x)
-        self._last_action = torch.tanh(_linear(_unit(x[:, 0].float()), weights.head, "predict"))
+        self._last_action = torch.tanh(affine(_unit(x[:, 0].float()), head["predict.weight"], head["predict.bias"]))
         self._time += 1
         return self._last_action
 
@@ -141,7 +142,7 @@ class Actor:
         head, d = self._weights.head, self._weights.architecture.width
         states = (observations - head["state_mean"]) / head["state_std"]
         known = torch.cat([self._last_action, returns_to_go[:, None], states], dim=1)
-        embedded = _linear(known, head, "embed").view(-1, 3, d)
+        embedded = affine(known, head["embed.weight"], head["embed.bias"]).view(-1, 3, d)
         normal = F.layer_norm(embedded, (d,), head["ln.weight"], head["ln.bias"], LAYER_NORM_EPS)
         new = (_centred(normal) + head["time"][self._time]).to(self._tokens.dtype)
         for ring, fresh in zip((self._tokens, *self._reads), (new, *_reads(new, self._weights.blocks[0])), strict=True):
@@ -149,7 +150,7 @@ class Actor:
 
 
 def _block(policy: Policy, i: int) -> dict[str, Tensor]:
-    """Block i of a policy as `Stack` has it, in float32 and (in, out)."""
+    """Block i of a policy as `Weights` has it, in float32 and (in, out)."""
     architecture, scale = policy.architecture, (policy.architecture.width // policy.architecture.heads) ** -0.5
     trunk = under(f"h.{i}.", policy.trunk)
 
