@@ -56,7 +56,7 @@ def test_a_clock_that_jumps_changes_nothing(finished: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_rollout_actor_that_stands_still_is_replaced_and_fails_no_job() -> None:
+def test_a_rollout_actor_that_stands_still_is_replaced_and_fails_no_evaluation() -> None:
     often = {f"RAY_grpc_client_keepalive_{limit}_ms": "2000" for limit in ("time", "timeout")}
     done = subprocess.run(**program("stalled.py", RAY_ADDRESS="", **often), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,7 +69,7 @@ def test_a_rollout_actor_that_stands_still_is_replaced_and_fails_no_job() -> Non
 
 @pytest.mark.chaos
 @pytest.mark.slow
-def test_a_rollout_actor_that_takes_all_memory_is_ended_and_fails_its_own_job_at_most(tmp_path: Path) -> None:
+def test_a_rollout_actor_that_takes_all_memory_is_ended_and_fails_its_own_evaluation_at_most(tmp_path: Path) -> None:
     total, available = _memory()
     if available < 2 * FREE:
         pytest.skip(f"takes {2 * FREE >> 30} GiB of memory")
@@ -81,7 +81,7 @@ def test_a_rollout_actor_that_takes_all_memory_is_ended_and_fails_its_own_job_at
     told = json.loads(done.stdout.splitlines()[-1])
     once, always, *others = told["answers"]
     assert isinstance(once, int)
-    assert always == ["its process died (of memory? with its machine?): run the same command again"]
+    assert always == "its process died (of memory? with its machine?): run the same command again"
     assert all(isinstance(one, int) for one in others)
     assert len(set(told["after"])) == 2
     assert not set(told["after"]) & set(told["greedy"])
