@@ -164,18 +164,18 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
         for i in range(SWEPT)
     ]  # fmt: skip
 
-    def swept(asked: Sequence[Evaluate], workers: int) -> tuple[float, float]:
+    def swept(evaluations: Sequence[Evaluate], workers: int) -> tuple[float, float]:
         """Seconds of the sweep, and of its rollouts added up; an evaluation."""
         with TemporaryDirectory() as folder:
             store, tables = Store(folder), Tables(Path(folder, "tables"))
             for expert, policy in zip(experts, policies, strict=True):
                 store.save(expert, policy)
             began = time.perf_counter()
-            failures = sweep(asked, store, tables, workers=workers, phase=Curve(len(asked)))
+            failures = sweep(evaluations, store, tables, workers=workers, phase=Curve(len(evaluations)))
             seconds = time.perf_counter() - began
             (row,) = tables.query("SELECT sum(seconds) AS seconds FROM runs").to_pylist()
         assert not failures
-        return seconds / len(asked), row["seconds"] / len(asked)
+        return seconds / len(evaluations), row["seconds"] / len(evaluations)
 
     with connect("local", cpus=2):
         swept(asked[:2], 2)

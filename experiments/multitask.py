@@ -1,8 +1,9 @@
 """Our own: how much training does one policy for three robots need to be as good as three, with masks and without?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 
+from dt.training.harmony import Importance
 from experiments._pairs import TASKS
 from experiments.budget import BUDGETS, of_budget
 from experiments.table_3 import HARMONIES, WITHIN
@@ -11,6 +12,7 @@ from orchestrator.recipes import Quality
 
 QUALITY: Quality = "medium-expert"
 SINGLE, JOINT, MASKED, DRAWN = "single-task", "multi-task", "HarmoDT", "HarmoDT, random masks"
+MASKS: Mapping[str, Importance | None] = {JOINT: None, MASKED: HARMONIES[MASKED], DRAWN: HARMONIES[DRAWN]}
 LEAST, MOST = BUDGETS[0], BUDGETS[-1]
 
 
@@ -18,8 +20,8 @@ def points(setting: Setting) -> Iterator[Point]:
     """One policy for three robots at three budgets, beside those of single robots at the usual one."""
     for seed, task in product(setting.profile.sweep_seeds, TASKS):
         instance = setting.profile.instances_at(seed)[0]
-        for column, budget in product((JOINT, MASKED, DRAWN), BUDGETS):
-            policy = of_budget(setting.together(TASKS, instance, QUALITY, masks=HARMONIES.get(column)), budget)
+        for (column, masks), budget in product(MASKS.items(), BUDGETS):
+            policy = of_budget(setting.together(TASKS, instance, QUALITY, masks=masks), budget)
             yield setting.point(policy, task, policy=column, budget=budget, seed=seed, instance=instance)
         own = setting.expert(task, seed, QUALITY)
         yield setting.point(own, task, policy=SINGLE, budget=1.0, seed=seed, instance=instance)

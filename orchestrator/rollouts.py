@@ -34,9 +34,7 @@ Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
 WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
 
-MAX_TRIES = (
-    3  # of an evaluation, with a worker that answers no more; each of them lets Ray start its process three times
-)
+MAX_TRIES = 3  # of an evaluation whose worker answers no more; each of them lets Ray start its process three times
 RETRY_SECONDS = 5.0  # between two calls to a worker that does not answer
 
 

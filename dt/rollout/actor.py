@@ -121,7 +121,7 @@ class Actor:
         now, tokens = self._time % context, 3 * min(self._time + 1, context)
         self._push(observations, returns_to_go, now)
         x = self._tokens[:, :tokens]
-        blocked = self._blocked[now if tokens == len(self._blocked[0]) else -1, :tokens, :tokens]
+        blocked = self._blocked[now if tokens == 3 * context else -1, :tokens, :tokens]
         newest = slice(3 * now + 2, 3 * now + 3)  # state token
         for block in weights.blocks:
             asking = newest if block is weights.blocks[-1] else slice(None)

@@ -46,7 +46,7 @@ def evaluate(
     if episodes < 1:
         raise UserError(f"nothing to evaluate: {episodes} episodes (it must be at least 1)")
     policy = policy.alone(task.name)
-    goal = float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return
+    goal = wanted_return(policy, task, target_return)
     actor = Actor(Weights.of(policy, task, precision), episodes)
     physics = make_physics(task, episodes)
     seeds = np.arange(seed, seed + episodes, dtype=np.int64)
@@ -72,3 +72,8 @@ def evaluate(
             returns[ids] += rewards
             lengths[ids] += 1
     return Episodes(seeds, returns, lengths, terminated)
+
+
+def wanted_return(policy: Policy, task: Task, target_return: float | Literal["best"]) -> float:
+    """The raw return that is asked for: that one, or the best in the data the policy's head for the task saw."""
+    return float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return

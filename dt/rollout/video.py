@@ -16,6 +16,7 @@ from dt.errors import UserError
 from dt.files import write_atomically
 from dt.model.policy import Policy
 from dt.rollout.actor import Actor, Weights
+from dt.rollout.evaluate import wanted_return
 from dt.tasks import Task
 
 
@@ -39,7 +40,7 @@ def record_video(
     from dt.rollout.physics import make_environment
 
     actor = Actor(Weights.of(policy, task, "float32"), 1)
-    goal = float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return
+    goal = wanted_return(policy, task, target_return)
     collected, frames = 0.0, []
     environment = make_environment(task.environment, render_mode="rgb_array", width=size[0], height=size[1])
     try:
