@@ -40,18 +40,18 @@ STEP_FLOP = 6 * WINDOWS * TOKENS * (BASE.layers - 1 + 1 / 3) * (ASK + WRITE + ML
 # At a full context, nothing computed twice: the first block has asked and written before, the last has one token.
 ACTION_FLOP = 2 * TOKENS * ((BASE.layers - 1) * (ASK + WRITE + MLP) - ASK - WRITE) * BASE.width**2
 SWEPT = 48  # evaluations
-DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def training(rounds: int) -> Iterator[Measurement]:
     """One update: sampling, forward, backward, clipping, optimiser."""
     data = record_chunk(TASK.name, "expert", 0, 0, 4)
     literal = LiteralTraining(TASK, data, BASE)
-    for precision, dtype in DTYPES.items():
+    for precision in PRECISIONS:
         optimisation = Optimisation(steps=10**6, dropout=0.0, precision=precision)
         state = train({TASK.name: data}, BASE, optimisation, seed=0)
         seconds = interleaved({"ours": partial(state.advance, 1), "literal": literal.step}, rounds)
-        floor = STEP_FLOP / product_rate(dtype, WINDOWS * TOKENS)
+        floor = STEP_FLOP / product_rate(precision, WINDOWS * TOKENS)
         yield Measurement(f"training step, {precision}", "step", seconds["ours"], seconds["literal"], floor)
 
 
@@ -60,12 +60,12 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
     policy = _untrained(record_chunk(TASK.name, "expert", 0, 0, 2), 0)
     short = TASK.model_copy(update={"horizon": 60})
     literal = LiteralEvaluation(TASK, policy)
-    for precision, dtype in DTYPES.items():
+    for precision in PRECISIONS:
         for episodes in (25, 100):
             ours = partial(evaluate, policy, short, episodes=episodes, seed=0, precision=precision)
             seconds = interleaved({"ours": ours, "literal": partial(literal.episode, 0, short.horizon)}, rounds)
             mine, theirs = seconds["ours"] / (episodes * short.horizon), seconds["literal"] / short.horizon
-            floor = ACTION_FLOP / product_rate(dtype, episodes * TOKENS)
+            floor = ACTION_FLOP / product_rate(precision, episodes * TOKENS)
             yield Measurement(f"action, {precision}, {episodes} episodes", "action", mine, theirs, floor)
 
 
@@ -106,7 +106,7 @@ def together(rounds: int) -> Iterator[Measurement]:
     """A step of each of eight policies in one process, against one policy after the other."""
     data = record_chunk(TASK.name, "expert", 0, 0, 4)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for precision in DTYPES:
+    for precision in PRECISIONS:
         optimisation = Optimisation(steps=10**6, batch_size=16, dropout=0.0, precision=precision)
         crowd, others = (
             [train({TASK.name: data}, BASE, optimisation, seed, device=device) for seed in range(8)] for _ in range(2)

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from dt.bfloat16 import multiplies_bfloat16
 from dt.errors import UserError
 from dt.files import under
 from dt.model.architecture import Activation, Architecture
@@ -265,12 +265,11 @@ def _linear(
     return made
 
 
-@cache
 def _fusing(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there for such numbers, and can do in one pass what takes PyTorch three."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return multiplies_bfloat16()
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _attended(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dt.bfloat16 import products_in
 from dt.errors import UserError
 from dt.model.policy import Policy
 from dt.rollout.actor import Actor, Weights, fast_float32
@@ -55,7 +55,7 @@ def evaluate(
     terminated = np.zeros(episodes, dtype=bool)
     minded = np.arange(episodes)  # the episodes that the actor has in mind: the running ones and, for a while, others
 
-    with fast_float32() if precision == "float32" else nullcontext():
+    with fast_float32() if precision == "float32" else products_in(precision, torch.device("cpu")):
         for _ in range(task.horizon):
             running = ~terminated[minded]
             if not running.any():

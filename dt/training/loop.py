@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dt.bfloat16 import products_in
 from dt.errors import UserError
 from dt.files import under, write_atomically
 from dt.training.optimisation import Optimisation
@@ -151,7 +152,7 @@ class TrainingState(Generic[R]):
         """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds, and
         the objective's diagnostics."""
         began, found = time.perf_counter(), dict[str, list[float]]()
-        with forked_rng(self.device):
+        with forked_rng(self.device), products_in(self.optimisation.precision, self.device):
             set_rng_state(self.device, self.random)
             for _ in range(steps):
                 for name, value in self._update().items():
@@ -234,7 +235,7 @@ def not_finite(what: str, state: TrainingState[Any]) -> NotFiniteLossError:
 
 
 def in_precision(optimisation: Optimisation, device: torch.device) -> torch.autocast:
-    """For the forward pass: matrix products in the precision of the recipe."""
+    """For the forward pass: matrix products in the precision of the recipe. (A whole step is within `products_in`.)"""
     return torch.autocast(device.type, torch.bfloat16, enabled=optimisation.precision == "bfloat16")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import Parameter
 
+from dt.bfloat16 import products_in
 from dt.data.windows import Batch, Windows
 from dt.errors import UserError
 from dt.model.decision_transformer import DecisionTransformer
@@ -87,7 +88,7 @@ class Crowd:
             return action_loss(predicted, batch)
 
         losses, norms = list[Tensor](), list[Tensor]()
-        with forked_rng(device):
+        with forked_rng(device), products_in(optimisation.precision, device):
             randoms = _seeded(runs, device)
             for step in steps:
                 batch = self._windows.sample(optimisation.batch_size, samplers)
