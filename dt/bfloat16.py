@@ -19,8 +19,9 @@ _PRODUCTS = frozenset(
 
 
 class ByWayOfFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it lasts, matrix products of bfloat16 numbers are float32 products of the same numbers, rounded; forward,
-    backward and in inference, of whatever this thread computes on a CPU.
+    """While it lasts, matrix products of bfloat16 numbers are float32 products of the same numbers, rounded; forward
+    and backward, in this thread. (In inference mode only those that are called by the names above: `@` is not taken
+    apart there.)
 
     A processor made for bfloat16 computes the same: its products sum up in float32, too, if in another order. PyTorch,
     on one that is not, falls back on loops that take ten times as long as its float32 products do.
@@ -41,12 +42,12 @@ class ByWayOfFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether PyTorch has fast products of bfloat16 numbers here: on x86 with AVX-512 or newer, on Arm with BF16."""
+    """Whether PyTorch has fast products of bfloat16 numbers here: on x86 with AVX-512, on Arm with BF16."""
     onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def products_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """In which to compute in that precision, for it to take no longer than the processor makes it."""
+    """The context to compute in with that precision: by way of float32 on a CPU that cannot multiply in bfloat16."""
     helped = precision == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16()
     return ByWayOfFloat32() if helped else nullcontext()  # type: ignore[no-untyped-call]

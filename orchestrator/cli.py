@@ -312,12 +312,15 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option("--task", help="Default: all that it has heads for.")] = None,
     episodes: Annotated[int, typer.Option("--episodes", min=1)] = 25,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first episode's start.")] = 1_000_000,
+    target_return: Annotated[
+        float | None, typer.Option("--target-return", help="That is asked for; default: the best in the task's data.")
+    ] = None,
     precision: Annotated[Precision, typer.Option("--precision", help="Of the matrix products.")] = "float32",
 ) -> None:
     """Roll out a policy from its file alone."""
     from orchestrator.cli_work import evaluate_file
 
-    evaluate_file(file, task, episodes, seed, precision)
+    evaluate_file(file, task, episodes=episodes, seed=seed, target_return=target_return, precision=precision)
 
 
 @app.command()

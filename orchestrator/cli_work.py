@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table as RichTable
 
@@ -259,16 +260,32 @@ def convert_original(file: Path, task: str, source: str, output: Path, store: St
     console.print(f"{output}: {policy.architecture}; try `mergedt evaluate {output}`", soft_wrap=True, highlight=False)
 
 
-def evaluate_file(file: Path, tasks: Sequence[str] | None, episodes: int, seed: int, precision: Precision) -> None:
-    """Roll out the policy in a file and print what it reaches on each task."""
+def evaluate_file(
+    file: Path,
+    tasks: Sequence[str] | None,
+    *,
+    episodes: int,
+    seed: int,
+    target_return: float | None,
+    precision: Precision,
+) -> None:
+    """Roll out the policy in a file and print what it reaches on each task: asked for that return, or for the best in
+    the task's data.
+
+    Raises UserError for one target return of several tasks.
+    """
     from dt.model.policy import load_policy
     from dt.rollout.evaluate import evaluate
     from dt.scores import normalised_score
 
     policy = load_policy(file)
     table = RichTable("task", "return", "score", "episodes", title=str(file), title_justify="left")
-    for task in [get_task(name) for name in tasks or policy.heads]:
-        result = evaluate(policy, task, episodes=episodes, seed=seed, precision=precision)
+    chosen = [get_task(name) for name in tasks or policy.heads]
+    if target_return is not None and len(chosen) > 1:
+        raise UserError(f"--target-return is one task's: add --task, one of {', '.join(task.name for task in chosen)}")
+    goal: float | Literal["best"] = "best" if target_return is None else target_return
+    for task in chosen:
+        result = evaluate(policy, task, episodes=episodes, seed=seed, target_return=goal, precision=precision)
         returns = sample_mean(result.returns.tolist(), together=task.name)
         scores = sample_mean(normalised_score(task, result.returns).tolist(), together=task.name)
         table.add_row(task.name, number(returns, "return"), number(scores, "score"), str(episodes))
@@ -285,7 +302,7 @@ def film(evaluation: Evaluate, store: Store, output: Path, steps: int) -> None:
     from orchestrator.making import from_store, realise
 
     _check_made(evaluation.policy, store)
-    policy = realise(evaluation.policy, from_store(evaluation.policy, store)).alone(evaluation.task)
+    policy = realise(evaluation.policy, from_store(evaluation.policy, store))
     task, target_return = get_task(evaluation.task), evaluation.target_return
     record_video(policy, task, output, seed=evaluation.seed, steps=steps, target_return=target_return)
 

@@ -20,6 +20,7 @@ from dt.data.sources import load_recorded
 from orchestrator.cli import TABLES, app
 from orchestrator.cli_options import console
 from orchestrator.cli_work import run_demo
+from orchestrator.profiles import get_profile
 from orchestrator.store import Store
 from orchestrator.tables import SPECS
 
@@ -209,6 +210,25 @@ def test_rows_answer_in_every_format(results: Path, tmp_path: Path) -> None:
     points = json.loads(succeeded("query", declared, "--results", str(results), "--format", "json").stdout)
     assert len(points) == 6
     assert all(point["there"] for point in points)
+
+
+@pytest.mark.slow
+def test_an_exported_policy_reaches_what_its_row_says(results: Path, tmp_path: Path) -> None:
+    """Of the same starts and target, in float32, as the smoke profile acts."""
+    half = "select policy, mean_return from scores where task = 'walker2d' and alpha = 0.5"
+    (row,) = json.loads(succeeded("query", half, "--results", str(results), "--format", "json").stdout)
+    file = str(tmp_path / "half.safetensors")
+    assert "walker2d" in succeeded("export", row["policy"], "--output", file, "--results", str(results)).stdout
+    profile = get_profile("smoke")
+    starts = ("--episodes", str(profile.evaluation_episodes), "--seed", str(profile.evaluation_seed))
+
+    def reached(*options: str) -> float:
+        text = succeeded("evaluate", file, *starts, *options).stdout
+        return float(next(line for line in text.splitlines() if "walker2d" in line).split("│")[2].split()[0])
+
+    usual = reached()
+    assert usual == pytest.approx(row["mean_return"], abs=0.1)  # as it is printed
+    assert reached("--target-return", "0") != usual
 
 
 @pytest.mark.slow

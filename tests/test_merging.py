@@ -211,7 +211,7 @@ def test_tensors_that_two_of_three_tasks_share_can_be_saved(three: list[Policy],
     [(2, "attention+mlp", 100.26), (2, "attention", 166.69), (3, "attention+mlp", 100.52), (2, "trunk", 100.0)],
 )
 def test_sizes_are_the_papers(tasks: int, group: str, percent: float) -> None:
-    """Table II; 166.69 is its 166.82 by the published architecture (facts §1.6)."""
+    """Table II; 166.69 is its 166.82 by the published architecture."""
     paper = Architecture()
     policies = [policy(task, seed, paper) for seed, task in enumerate(TASKS[:tasks])]
     size = size_of(assemble(shared(policies, group), group))

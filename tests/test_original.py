@@ -32,7 +32,7 @@ STATISTICS = {
 }
 
 
-# --- the original's modules, as far as they decide what a checkpoint holds and what an action is (facts §1) -----------
+# --- the original's modules, as far as they decide what a checkpoint holds and what an action is --------------------
 
 
 class Conv1D(nn.Module):

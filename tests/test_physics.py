@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dt.errors import UserError
-from dt.rollout.physics import make_environment, make_physics
+from dt.rollout.physics import _simulator, make_environment, make_physics
 from dt.tasks import Task, get_task
 
 INVERTED_PENDULUM = Task(
@@ -26,6 +26,23 @@ INVERTED_PENDULUM = Task(
 )
 TASKS = [get_task(name) for name in ("hopper", "halfcheetah", "walker2d", "ant")] + [INVERTED_PENDULUM]
 SEEDS = [11, 5, 0, 123456, 2**32 - 1]
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v5", "Walker2d-v5"])
+def test_health_is_gymnasium_s_at_every_limit(environment: str) -> None:
+    """Each coordinate and velocity just within, at, and just beyond each limit, all others as at the start."""
+    env, rules = _simulator(environment)
+    limits = [0.0, *env._healthy_z_range, *env._healthy_angle_range, *getattr(env, "_healthy_state_range", ())]
+    near = [limit + step for limit in limits if np.isfinite(limit) for step in (-1e-9, 0.0, 1e-9)]
+    start = np.concatenate([env.init_qpos, env.init_qvel])
+    tried = np.array([[*start[:i], value, *start[i + 1 :]] for i in range(len(start)) for value in near])
+    qpos, qvel = np.split(tried, [env.model.nq], axis=1)
+    expected = []
+    for position, velocity in zip(qpos, qvel, strict=True):
+        env.set_state(position, velocity)
+        expected.append(env.is_healthy)
+    assert 0 < sum(expected) < len(expected)
+    assert rules.healthy(env, qpos, qvel).tolist() == expected
 
 
 @pytest.mark.filterwarnings("error")

@@ -179,7 +179,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _located(content: Any) -> dict[str, _Located]:
-    """The parameters of a module, or the tensors of a state dict, by the names of the latter (facts §5.1)."""
+    """The parameters of a module, or the tensors of a state dict, by the names of the latter."""
     if isinstance(content, _Inert):
         if "embed_returns" in vars(content):
             raise ValueError("a multi-task model, two of whose three heads were never trained")

@@ -35,7 +35,7 @@ def size_of(policy: Policy) -> Size:
     """Of one policy for all its tasks.
 
     The paper's measure ("transformer size", Table II) leaves out the final layer norm and the heads, of which the
-    time-step table alone is 21.5 % as large as the paper's transformer (facts §1.6); `total` leaves out nothing.
+    time-step table alone is 21.5 % as large as the paper's transformer; `total` leaves out nothing.
     """
     from dt.model.policy import STATISTICS  # heavy: who reads sizes from a table needs no torch
 

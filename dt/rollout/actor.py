@@ -1,37 +1,34 @@
-"""A policy acting in many environments at once, each action exact, no work done twice.
+"""A policy acting in many environments at once, no work done twice.
 
 Of the 3K tokens of a window only three are new at each step, and the window slides without positions (time steps are
-absolute), so embeddings and what the first block's attention reads are kept in a ring of K slots; deeper layers see a
-context that lost its oldest step and are computed afresh. The last block computes the newest state token alone. Where
-that is less work, attention looks at the tokens themselves and not at keys made of them, and what it finds is what it
-writes, not values to be projected (`_absorbed`).
+absolute), so embeddings and what the first block's attention reads (its KV cache) are kept in a ring of K slots; deeper
+layers see a context that lost its oldest step and are computed afresh. The last block computes the newest state token
+alone. With one head, or in the last block with its one query, attention scores the tokens themselves instead of keys
+made of them, and a single head's values come projected already (`_absorbed`).
 
 A step is some hundred operations on arrays that just fit a core's cache, so operations are saved as much as
-multiplications are. An actor is one policy: of several, stacked, the products would have to be laid side by side.
+multiplications are. An actor holds one policy: stacking several gained nothing, for their products had to be copied
+side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from dt.bfloat16 import multiplies_bfloat16
-from dt.errors import UserError
 from dt.files import under
 from dt.model.architecture import Activation, Architecture
 from dt.model.policy import Policy
 from dt.model.trunk import LAYER_NORM_EPS, activate, affine
 from dt.tasks import Task
 from dt.training.optimisation import Precision
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # What oneDNN's linear map can do with its result, by our names of activations: it halves the time of an MLP.
 _FUSED: Mapping[Activation | None, tuple[str, list[float], str]] = {
@@ -64,9 +61,8 @@ class Weights:
 
     @classmethod
     def of(cls, policy: Policy, task: Task, precision: Precision) -> Weights:
-        """Of a policy with a head for the task. Raises UserError if it is several tasks', with parts of their own."""
-        if not policy.plain:
-            raise UserError("take the policy alone on the task: it has trunk parameters or masks of its own")
+        """Of a policy alone on the task. Raises UserError if it has no head for it."""
+        policy = policy.alone(task.name)
         architecture, given, dtype = policy.architecture, policy.heads[task.name], _DTYPES[precision]
         modalities, times = ("action", "return", "state"), given["embed_timestep.weight"]
         scale, shift, predict = policy.trunk["ln_f.weight"], policy.trunk["ln_f.bias"], given["predict_action.weight"]
@@ -89,7 +85,8 @@ class Weights:
                 "state_mean": given["state_mean"],
                 "state_std": given["state_std"],
                 "predict.weight": (predict * scale).T.contiguous() * architecture.width**0.5,
-                "predict.bias": predict @ shift + given["predict_action.bias"],
+                # Not as a product, whose last bit may depend on where in memory its operands lie.
+                "predict.bias": (predict * shift).sum(dim=1) + given["predict_action.bias"],
             },
         )
 
@@ -101,14 +98,14 @@ class Actor:
         context, d = weights.architecture.context, weights.architecture.width
         self._weights, self._time = weights, 0
         dtype = weights.blocks[0]["mlp.c_fc.weight"].dtype
-        # Rings over time steps of (last action, return-to-go, state) tokens. In bfloat16 the residual stream is, too.
+        # Rings over time steps of (last action, return-to-go, state) tokens; the residual stream has their precision.
         self._tokens = torch.zeros(episodes, 3 * context, d, dtype=dtype)
         self._reads = [torch.zeros_like(self._tokens) for _ in ("queries", "keys", "values")]
-        self._blocked = _blocked_by_rotation(context).to(dtype)
+        self._blocked = _ring_masks(context).to(dtype)
         self._last_action = torch.zeros(episodes, len(weights.head["predict.bias"]))
 
     def keep(self, episodes: Tensor) -> None:
-        """Go on with these episodes (E',)."""
+        """Forget all episodes but these, given by their present rows (E',)."""
         self._tokens = self._tokens[episodes]
         self._reads = [ring[episodes] for ring in self._reads]
         self._last_action = self._last_action[episodes]
@@ -173,7 +170,8 @@ def _block(policy: Policy, i: int) -> dict[str, Tensor]:
         "mlp.c_proj": written("mlp.c_proj"),
     }
     last = i == architecture.layers - 1
-    if architecture.heads == 1 or (last and i > 0):  # one head, or one query: then it is less work
+    # One head, or one query: then it is less work. (For several heads, the ring holds the first block's keys.)
+    if architecture.heads == 1 or (last and i > 0):
         found |= _absorbed(*found.pop("attn.c_attn"), *found["attn.c_proj"], architecture.heads)
         if not last:
             found["attn.write"] = found.pop("attn.c_proj")
@@ -187,8 +185,8 @@ def _block(policy: Policy, i: int) -> dict[str, Tensor]:
 def _absorbed(
     c_attn: Tensor, c_attn_bias: Tensor, c_proj: Tensor, c_proj_bias: Tensor, heads: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Attention without keys and values: q·(W_k x) = (W_kᵀ q)·x, and, for attention adds up to 1, Σ a·(W_v x + b_v) =
-    W_v (Σ a·x) + b_v. (What the keys' biases add to a score, softmax does not see.)
+    """Attention without keys and values, by its QK and OV circuits: q·(W_k x) = (W_kᵀ q)·x, and, for attention adds up
+    to 1, Σ a·(W_v x + b_v) = W_v (Σ a·x) + b_v. (What the keys' biases add to a score, softmax does not see.)
 
     So `attn.read` (d, heads·d) is W_kᵀ after W_q and `attn.c_proj` (heads·d, d) the projection after W_v, head by head.
     (Of one head and many queries, that projection is made of each token before it is looked at: `attn.write`.)
@@ -219,7 +217,7 @@ def _reads(x: Tensor, block: Mapping[str, Tensor], asking: slice = slice(None)) 
     return _linear(unit[:, asking], block, "attn.read"), unit, values
 
 
-def _blocked_by_rotation(context: int) -> Tensor:
+def _ring_masks(context: int) -> Tensor:
     """(K, 3K, 3K) additive causal masks, float32: row `now` is for a full ring with its newest time step in slot `now`.
 
     The last row is also that of a ring that is filling, as far as it is full. Nobody looks at the oldest slot's action,
@@ -234,12 +232,12 @@ def _blocked_by_rotation(context: int) -> Tensor:
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Without what its features (the last dimension) have in common."""
+    """Less the mean of its features (the last dimension)."""
     return x - x.mean(dim=-1, keepdim=True)
 
 
 def _unit(x: Tensor) -> Tensor:
-    """What layer norm makes of tokens, over √d: it need not take out their mean, for they are centred."""
+    """Layer norm, over √d and without its affine part, of tokens that are centred: x / √(‖x‖² + d·ε)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.hypot(length, length.new_tensor((x.shape[-1] * LAYER_NORM_EPS) ** 0.5))
 
@@ -289,21 +287,21 @@ def _attended(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)  # bfloat16's own takes thrice the time
     if "attn.write.weight" in block:
         return torch.baddbmm(x, weights, v)
-    found = torch.bmm(weights, v)
-    together = found if absorbed else found.reshape(len(x), heads, *found.shape[1:]).transpose(1, 2)
+    mixed = torch.bmm(weights, v)
+    together = mixed if absorbed else mixed.reshape(len(x), heads, *mixed.shape[1:]).transpose(1, 2)
     return _linear(together.reshape(queries.shape), block, "attn.c_proj", plus=x)
 
 
 @contextmanager
-def _medium() -> Iterator[None]:
+def fast_float32() -> Iterator[None]:
+    """Route float32 products to oneDNN where that still is float32: with AVX-512 but no AMX, 1.6–2 times faster.
+
+    PyTorch's "medium" allows bfloat16 inside, of which oneDNN makes use with AMX, and on Arm.
+    """
     former = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_amx_tile_supported():
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(former)
-
-
-def fast_float32() -> AbstractContextManager[None]:
-    """Route float32 products to oneDNN where that still is float32: on a CPU without AMX it is 1.6–2 times faster."""
-    return nullcontext() if torch.cpu._is_amx_tile_supported() else _medium()

@@ -1,7 +1,8 @@
-"""Closed-loop evaluation of a policy in many environments at once (facts §9)."""
+"""Closed-loop evaluation of a policy in many environments at once."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from dt.rollout.physics import make_physics
 from dt.tasks import Task
 from dt.training.optimisation import Precision
 
-SHRINK_AT = 0.8  # forget the episodes that ended when this share of those in mind, or less, is still running
+SHRINK_AT = 0.8  # forget the episodes that ended when this share of those that are tracked, or less, is still running
 
 
 class Episodes(NamedTuple):
@@ -45,29 +46,28 @@ def evaluate(
     """
     if episodes < 1:
         raise UserError(f"nothing to evaluate: {episodes} episodes (it must be at least 1)")
-    policy = policy.alone(task.name)
-    goal = wanted_return(policy, task, target_return)
     actor = Actor(Weights.of(policy, task, precision), episodes)
+    goal = wanted_return(policy, task, target_return)
     physics = make_physics(task, episodes)
     seeds = np.arange(seed, seed + episodes, dtype=np.int64)
     observations = physics.reset(seeds.tolist())  # (n, S)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     terminated = np.zeros(episodes, dtype=bool)
-    minded = np.arange(episodes)  # the episodes that the actor has in mind: the running ones and, for a while, others
+    tracked = np.arange(episodes)  # by row of the actor: the running episodes and, for a while, others that have ended
 
     with fast_float32() if precision == "float32" else products_in(precision, torch.device("cpu")):
         for _ in range(task.horizon):
-            running = ~terminated[minded]
+            running = ~terminated[tracked]
             if not running.any():
                 break
             if running.mean() <= SHRINK_AT:
                 actor.keep(torch.from_numpy(np.flatnonzero(running)))
-                minded, running = minded[running], running[running]
-            wanted = (goal - returns[minded]) / task.return_scale
+                tracked, running = tracked[running], running[running]
+            wanted = (goal - returns[tracked]) / task.return_scale
             actions = actor.act(
-                torch.from_numpy(observations[minded].astype(np.float32)), torch.from_numpy(wanted.astype(np.float32))
+                torch.from_numpy(observations[tracked].astype(np.float32)), torch.from_numpy(wanted.astype(np.float32))
             ).numpy()
-            ids = minded[running]
+            ids = tracked[running]
             observations[ids], rewards, terminated[ids] = physics.step(ids, actions[running])
             returns[ids] += rewards
             lengths[ids] += 1
@@ -75,5 +75,13 @@ def evaluate(
 
 
 def wanted_return(policy: Policy, task: Task, target_return: float | Literal["best"]) -> float:
-    """The raw return that is asked for: that one, or the best in the data the policy's head for the task saw."""
-    return float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return
+    """The raw return that is asked for: that one, or the best in the data the policy's head for the task saw.
+
+    Raises UserError for one that is not finite.
+    """
+    wanted = float(policy.heads[task.name]["best_return"]) if target_return == "best" else target_return
+    if not math.isfinite(wanted):
+        raise UserError(
+            f"a target return of {wanted} cannot be asked for: give a finite one, as in {task.target_return:g}"
+        )
+    return wanted

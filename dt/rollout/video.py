@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from dt.files import write_atomically
 from dt.model.policy import Policy
 from dt.rollout.actor import Actor, Weights
 from dt.rollout.evaluate import wanted_return
+from dt.rollout.physics import make_environment
 from dt.tasks import Task
 
 
@@ -26,26 +28,24 @@ def record_video(
     path: Path,
     *,
     seed: int = 0,
-    steps: int = 240,
+    steps: int = 300,
     every: int = 4,
     size: tuple[int, int] = (320, 240),
     target_return: float | Literal["best"] = "best",
-) -> float:
-    """Roll one episode out, write every `every`-th frame (width, height) to `path` (.webp), give its return so far.
+) -> None:
+    """Roll one episode out and write one frame in `every`, `size` (width, height) large, to `path` (.webp).
 
     Raises UserError where MuJoCo can make no OpenGL context (on Linux without a display it needs EGL or OSMesa).
     """
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # read when MuJoCo's renderer is first imported
-    from dt.rollout.physics import make_environment
-
+        os.environ.setdefault("MUJOCO_GL", "egl")  # Gymnasium reads it when it first renders
     actor = Actor(Weights.of(policy, task, "float32"), 1)
     goal = wanted_return(policy, task, target_return)
     collected, frames = 0.0, []
     environment = make_environment(task.environment, render_mode="rgb_array", width=size[0], height=size[1])
     try:
         observation, _ = environment.reset(seed=seed)
-        for step in range(steps):
+        for step in range(min(steps, task.horizon)):
             if step % every == 0:
                 frames.append(_render(environment))
             action = actor.act(
@@ -60,7 +60,6 @@ def record_video(
     finally:
         environment.close()
     _write_webp(frames, path, milliseconds)
-    return collected
 
 
 def _render(environment: gymnasium.Env[object, object]) -> Image.Image:
@@ -73,8 +72,6 @@ def _render(environment: gymnasium.Env[object, object]) -> Image.Image:
 
 
 def _write_webp(frames: list[Image.Image], path: Path, milliseconds: int) -> None:
-    from io import BytesIO
-
     buffer = BytesIO()
     frames[0].save(
         buffer, format="WEBP", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=70
