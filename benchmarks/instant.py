@@ -29,4 +29,4 @@ class InstantWorker:
         zeros = np.zeros(evaluation.episodes)
         count = zeros.astype(np.int64)
         episodes: Any = SimpleNamespace(seeds=count, returns=zeros, lengths=count, terminated=zeros > 0)
-        return rows_of(evaluation, episodes, SIZE, datetime.now(UTC), seconds=0.0, threads=1)
+        return rows_of(evaluation, episodes, SIZE, datetime.now(UTC), seconds=0.0)

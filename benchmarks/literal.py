@@ -1,6 +1,6 @@
 """The field's way, as the original code does it: windows assembled one by one, float32, one environment at batch 1.
 
-Written anew from its description (facts §2, §3, §9), not copied; the trunk is `transformers`' GPT-2.
+Written anew from its description, not copied; the trunk is `transformers`' GPT-2.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ DataOption = Annotated[
     str,
     typer.Option(
         "--data",
-        help="`recorded`, or a template such as minari:mujoco/{task}/{quality}-v0 or /data/{task}-{quality}-v2.hdf5",
+        help="`recorded`, or a template such as minari:mujoco/{task}/{quality}-v0 or /data/{task}_{quality}-v2.hdf5",
     ),
 ]
 SeedsOption = Annotated[
@@ -57,7 +57,7 @@ OnlyOption = Annotated[
     typer.Option(
         "--only",
         metavar="LABEL=VALUE",
-        help="Of the points those with that label, as in policy=ChibiT; again for more.",
+        help="Only points with this label, as in policy=ChibiT; give it again for more.",
     ),
 ]
 

@@ -61,12 +61,13 @@ def estimate(planned: Plan, costs: Mapping[str, float], cores: int) -> dict[str,
     return {kind: sizes[kind] * costs[kind] / busy[kind] for kind in sizes}
 
 
-# Of single-task training alone: of other kinds the rows do not tell how many tasks a step saw, or how much was frozen.
+# Of training on CPUs, and single-task alone: of other kinds the rows do not tell how many tasks a step saw, or how much
+# was frozen.
 _RUNS = """
 SELECT kind, host, processor, sum(busy) AS busy, sum(work)::DOUBLE AS work FROM (
     SELECT 'train' AS kind, host, processor, seconds * coalesce(threads, 1) AS busy,
            steps * batch_size * 3 * context * 3 * trunk_parameters AS work
-    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind = 'train'
+    FROM runs JOIN policies ON runs.recipe = policy WHERE runs.kind = 'train' AND gpu IS NULL
     UNION ALL
     SELECT 'evaluate', host, processor, seconds, episodes * trunk_parameters
     FROM runs JOIN scores ON runs.recipe = evaluation WHERE runs.kind = 'evaluate'

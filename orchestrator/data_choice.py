@@ -55,7 +55,7 @@ class Recorded:
 class FromTemplate:
     """One dataset of others per task and quality, pinned by its content; the return target is the paper's."""
 
-    template: str  # minari:mujoco/{task}/{quality}-v0, /data/{task}-{quality}-v2.hdf5 or .pkl
+    template: str  # minari:mujoco/{task}/{quality}-v0, /data/{task}_{quality}-v2.hdf5 or .pkl
     root: Path | None = None  # of Minari datasets, before Minari's own
 
     @property
@@ -75,7 +75,7 @@ class FromTemplate:
         if not known:
             raise UserError(
                 f"unknown data {self.template!r}: give '{RECORDED}', 'minari:mujoco/{{task}}/{{quality}}-v0' "
-                "or a path to .hdf5 or .pkl files such as '/data/{task}-{quality}-v2.hdf5'"
+                "or a path to .hdf5 or .pkl files such as '/data/{task}_{quality}-v2.hdf5'"
             )
 
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Imported:

@@ -20,7 +20,7 @@ from orchestrator.place import Folder
 from orchestrator.plan import Part, Plan, datasets_of, make_plan, parts_of
 from orchestrator.progress import Pace, duration, phase
 from orchestrator.recipes import Artefact, Evaluate, Job, Recipe, Recording, closure, ingredients, inputs
-from orchestrator.session import Session, check_visible, connect, in_job
+from orchestrator.session import Session, check_visible, connect, vanishes
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 
@@ -55,10 +55,9 @@ def run(recipes: Sequence[Recipe], settings: Settings, console: Console | None =
     """
     console = console or Console(stderr=True)
     store = Store(settings.results)
-    if in_job() and isinstance(store.place, Folder) and not Path(settings.results).is_absolute():
+    if isinstance(store.place, Folder) and vanishes(store.root):
         raise UserError(
-            f"inside a Ray job the folder {settings.results} would vanish with the job: "
-            "give --results an absolute path that all nodes share"
+            f"the folder {store.root} vanishes with this Ray job: give --results an absolute path that all nodes share"
         )
     tables = store.open_tables()
     store.fetch_notes()
@@ -87,12 +86,12 @@ def _run(plan: Plan, settings: Settings, store: Store, tables: Tables, console: 
     with connect(settings.address, cpus=settings.cpus) as session:
         if not session.embedded:
             check_visible(store.place)
+        failures: list[Failure] = []
         if plan.recordings:
-            _record(plan.recordings, store, tables, console)
+            failures += _record(plan.recordings, store, tables, console)
             state_datasets(tables, store, datasets_of(plan.artefacts))
         # By the whole plan: a thread more or less in a later part would change its sums.
         slots = slots_for(len(plan.artefacts), settings, session)
-        failures: list[Failure] = []
         skipped = 0
         parts = parts_of(plan, PART * slots.count)
         pace = _pace(parts, plan, tables, session.cpus) if len(parts) > 1 else None
@@ -119,12 +118,13 @@ def _pace(parts: Sequence[Part], plan: Plan, tables: Tables, cores: int) -> Pace
     return Pace([sum(estimate(each, costs, cores).values()) for each in alone])
 
 
-def _record(recordings: Sequence[Recording], store: Store, tables: Tables, console: Console) -> None:
-    """Chunks of all recordings in parallel; each recording is written here as soon as its last chunk is in."""
+def _record(recordings: Sequence[Recording], store: Store, tables: Tables, console: Console) -> list[Failure]:
+    """Chunks of all recordings in parallel; each recording is written here as soon as its last chunk is in. Returns
+    those that failed."""
     import ray
 
     from dt.behaviour.record import chunks
-    from orchestrator.messages import explain
+    from orchestrator.messages import Failure, explain
 
     began = datetime.now(UTC)
     record = ray.remote(num_cpus=1, max_retries=3)(_record_chunk)
@@ -133,6 +133,7 @@ def _record(recordings: Sequence[Recording], store: Store, tables: Tables, conso
         for number, (first, count) in enumerate(chunks(recording.episodes)):
             place[record.remote(recording, first, count)] = recording, number
     collected: dict[str, dict[int, _Chunk]] = {recording.id: {} for recording in recordings}
+    failed: dict[str, Failure] = {}
     with phase(console, "recordings", sum(recording.episodes for recording in recordings), "episodes") as shown:
         waiting = list(place)
         while waiting:
@@ -141,12 +142,15 @@ def _record(recordings: Sequence[Recording], store: Store, tables: Tables, conso
             try:
                 chunk: _Chunk = ray.get(reference)
             except ray.exceptions.RayError as error:
-                raise UserError(f"recording {recording.quality} {recording.task} failed: {explain(error)}") from error
+                what = f"recording {recording.quality} {recording.task}"
+                failed.setdefault(recording.id, Failure(what, explain(error)))
+                continue
             collected[recording.id][number] = chunk
             if len(collected[recording.id]) == len(chunks(recording.episodes)):
                 done = collected.pop(recording.id)
                 _write_recording(recording, [done[index] for index in sorted(done)], began, store, tables)
             shown.advance(chunk.trajectories.episodes, f"{recording.task} {recording.quality}")
+    return list(failed.values())
 
 
 @dataclass(frozen=True)
@@ -221,16 +225,21 @@ def _ready(artefacts: Sequence[Artefact], stored: Set[str]) -> list[Artefact]:
 def slots_for(artefacts: int, settings: Settings, session: Session) -> Slots:
     """How trainings and estimates, so many in all, share the CPUs and GPUs.
 
-    Threads depend on the machine and the settings alone: sums in another number of threads round differently, so a
-    resume with fewer trainings left must not change it.
+    Threads depend on the machines and the settings alone: sums in another number of threads round differently, so a
+    resume with fewer trainings left must not change it. Where there are GPUs, trainings are on their nodes alone; those
+    of one GPU get equal parts of it.
     """
     from orchestrator.training import Slots
 
-    threads = settings.threads or max(1, session.node_cpus // THREADS_SHARE)
-    fitting = max(1, session.cpus // threads)
-    count = settings.training_slots or (TRAININGS_PER_GPU * session.gpus if session.gpus else fitting)
+    gpus = session.gpus
+    nodes = [node for node in session.nodes if node.gpus or not gpus]
+    largest = max((node.cpus for node in nodes), default=1)
+    beside = min((node.cpus // (TRAININGS_PER_GPU * node.gpus) for node in nodes if node.gpus), default=largest)
+    threads = settings.threads or max(1, min(beside, largest // THREADS_SHARE))
+    fitting = sum(node.cpus // threads for node in nodes)
+    count = settings.training_slots or (TRAININGS_PER_GPU * gpus if gpus else fitting)
     count = max(1, min(count, fitting, artefacts))
-    return Slots(count, threads, gpu=min(1.0, math.floor(1000 * session.gpus / count) / 1000))
+    return Slots(count, threads, gpu=math.floor(1000 / math.ceil(count / gpus)) / 1000 if gpus else 0.0)
 
 
 def _evaluate(

@@ -84,13 +84,10 @@ def from_store(recipe: Recipe, store: Store) -> Made:
     made: dict[str, Policy | FisherEstimate] = {}
     for ingredient in ingredients(recipe):
         if ingredient.id not in made and not isinstance(ingredient, Pretrain | ImportLanguage):
-            made[ingredient.id] = load_ingredient(ingredient, store)
+            made[ingredient.id] = (
+                store.load_fisher(ingredient) if isinstance(ingredient, Fisher) else store.load_policy(ingredient)
+            )
     return made
-
-
-def load_ingredient(recipe: Train | TrainTogether | FineTune | Fisher, store: Store) -> Policy | FisherEstimate:
-    """One of them."""
-    return store.load_fisher(recipe) if isinstance(recipe, Fisher) else store.load_policy(recipe)
 
 
 def load_dataset(dataset: Dataset, store: Store) -> Trajectories:

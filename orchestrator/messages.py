@@ -43,9 +43,8 @@ _DEATHS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A recipe that could not be computed, and why, in one sentence."""
+    """What could not be computed, and why, in one sentence."""
 
-    recipe: str
     what: str
     why: str
 
@@ -94,6 +93,8 @@ def explain(error: BaseException) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError):
         return str(cause)
+    if isinstance(cause, RayActorError) and cause.actor_init_failed:  # its text ends with the error that was raised
+        return str(cause).strip().splitlines()[-1]
     if isinstance(cause, _DEATHS):
         return "its process died (of memory? with its machine?): run the same command again"
     lines = str(cause).strip().splitlines()

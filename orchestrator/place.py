@@ -25,10 +25,14 @@ from dt.files import write_atomically
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
-SCHEMES = ("s3", "gs", "abfs", "hdfs")
+SCHEMES = ("s3", "gs", "abfs")  # whose files appear whole
 VARIABLE = "MERGEDT_MIRROR"  # the folder of all mirrors on a machine
 HEARTBEAT_SECONDS, LEASE_SECONDS = 10.0, 60.0
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
+
+
+class UnreachableError(UserError):
+    """An object store cannot be reached, or refuses: perhaps for a moment."""
 
 
 class Place(Protocol):
@@ -166,7 +170,7 @@ class Folder:
 class Mirror:
     """The folder `root` and the object store it mirrors: paths are given as those in the folder.
 
-    Raises UserError when the object store cannot be reached or refuses.
+    Raises UnreachableError when the object store cannot be reached or refuses.
     """
 
     address: str
@@ -274,14 +278,16 @@ class Mirror:
                 f"another mergedt (process {holder}) is computing into {self.address}: wait for it (a minute, if it "
                 "was killed), or give another place with --results"
             )
+        else:
+            self._withdraw(other)
 
     def _beat(self, mine: Path, over: threading.Event) -> None:
         while not over.wait(HEARTBEAT_SECONDS):
-            with suppress(UserError):  # there may be a network again in time
+            with suppress(UnreachableError):  # there may be a network again in time
                 self._claim(mine)
 
     def _withdraw(self, claim: Path) -> None:
-        with suppress(UserError):
+        with suppress(UnreachableError):
             self.remove(claim)
         claim.unlink(missing_ok=True)
 
@@ -318,7 +324,8 @@ class Mirror:
         with self._reached():
             time = self._filesystem.get_file_info(self._key(path)).mtime_ns
         with suppress(FileNotFoundError):
-            os.utime(path, ns=(time, time))
+            if time is not None:  # else it is gone again
+                os.utime(path, ns=(time, time))
 
     def _key(self, path: Path) -> str:
         return str(PurePosixPath(self._place[1], path.relative_to(self.root).as_posix()))
@@ -346,7 +353,7 @@ class Mirror:
             yield
         except (OSError, pa.ArrowException) as error:
             said = str(error).splitlines()[0]
-            raise UserError(
+            raise UnreachableError(
                 f"cannot use {self.address}: {said}; check the address, the network and the credentials"
             ) from error
 

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar, cast
 
-from dt.tasks import get_task
 from orchestrator.recipes import (
     AnyPolicy,
     Artefact,
@@ -87,12 +86,6 @@ class Plan:
     def episodes(self) -> int:
         """Episodes to roll out."""
         return sum(evaluation.episodes for evaluation in self.evaluations)
-
-    @property
-    def environment_steps(self) -> int:
-        """Environment steps of recordings and rollouts, at most: no episode is longer than its task's horizon."""
-        rollouts: Iterable[Recording | Evaluate] = chain(self.recordings, self.evaluations)
-        return sum(rollout.episodes * get_task(rollout.task).horizon for rollout in rollouts)
 
     def describe(self) -> str:
         """The plan in one line."""

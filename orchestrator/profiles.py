@@ -95,11 +95,16 @@ class Profile(Frozen):
         return self.model_copy(update={"language": small, "large_language": large, "name": name})
 
     def with_seeds(self, seeds: Sequence[int]) -> "Profile":
-        """The same budget over other training seeds."""
+        """The same budget over other training seeds. The name says so."""
         if not seeds:
             raise UserError("no training seed given: name at least one, as in --seeds 0,1,2")
         return Profile.model_validate(
-            {**self.model_dump(), "training_seeds": tuple(seeds), "sweep_seeds": tuple(seeds)}
+            {
+                **self.model_dump(),
+                "training_seeds": tuple(seeds),
+                "sweep_seeds": tuple(seeds),
+                "name": f"{self.name}-seeds-{'-'.join(map(str, seeds))}",
+            }
         )
 
 

@@ -53,7 +53,7 @@ class _Bar(Phase):
 class _Lines(Phase):
     def __init__(self, name: str, total: int, unit: str, console: Console) -> None:
         super().__init__(name, total, unit)
-        self._console, self._shown = console, time.monotonic()
+        self._console, self._shown, self._ended = console, time.monotonic(), False
         console.print(f"{name}: {total:,} {unit}", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
@@ -61,9 +61,9 @@ class _Lines(Phase):
 
     def _show(self, note: str) -> None:
         now = time.monotonic()
-        if now - self._shown < QUIET_SECONDS and self.done < self.total:
+        if self._ended or (now - self._shown < QUIET_SECONDS and self.done < self.total):
             return
-        self._shown = now
+        self._shown, self._ended = now, self.done == self.total
         text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {duration(now - self.began)}"
         self._console.print(f"{text}{self._left(now)}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, NDArray[np.float32] | NDArray[np.uint8]]
 Sent = tuple[Trained | Fisher, "ray.ObjectRef[Weights]"]
-WORKER_CPUS = 0.9  # of an actor that uses one: were they to hold all CPUs, Tune's trials would never start
+WORKER_CPUS = 0.97  # of an actor that uses one: were they to hold all CPUs of a node, Tune's trials would never start
 
 MAX_TRIES = 3  # of an evaluation whose worker answers no more; each of them lets Ray start its process three times
 RETRY_SECONDS = 5.0  # between two calls to a worker that does not answer
@@ -48,8 +48,8 @@ class Rows:
     runs: pa.Table
 
 
-def roll_out(evaluation: Evaluate, made: Made, threads: int) -> Rows:
-    """The rows of an evaluation."""
+def roll_out(evaluation: Evaluate, made: Made) -> Rows:
+    """The rows of an evaluation, on one thread."""
     from dt.model.size import size_of
     from dt.rollout.evaluate import evaluate
 
@@ -63,18 +63,16 @@ def roll_out(evaluation: Evaluate, made: Made, threads: int) -> Rows:
         target_return=evaluation.target_return,
         precision=evaluation.precision,
     )
-    return rows_of(evaluation, episodes, size_of(policy), started, time.perf_counter() - clock, threads)
+    return rows_of(evaluation, episodes, size_of(policy), started, time.perf_counter() - clock)
 
 
-def rows_of(
-    evaluation: Evaluate, episodes: Episodes, size: Size, started: datetime, seconds: float, threads: int
-) -> Rows:
-    """What one evaluation gave and took."""
+def rows_of(evaluation: Evaluate, episodes: Episodes, size: Size, started: datetime, seconds: float) -> Rows:
+    """What one evaluation gave and took, on one thread."""
     return Rows(
         evaluation.id,
         episode_rows(evaluation, episodes),
         policy_row(evaluation.policy, size),
-        run_rows(run_row(evaluation, started, seconds, threads=threads, precision=evaluation.precision)),
+        run_rows(run_row(evaluation, started, seconds, threads=1, precision=evaluation.precision)),
     )
 
 
@@ -109,7 +107,7 @@ class RolloutWorker:
                     if isinstance(recipe, Fisher)
                     else Policy.from_arrays(arrays, recipe.architecture)
                 )
-        return roll_out(evaluation, self._made, threads=1)
+        return roll_out(evaluation, self._made)
 
 
 @ray.remote(num_cpus=0)
@@ -179,4 +177,4 @@ class RolloutPool:
                 self._idle.put_nowait(worker)
                 return rows
         assert failure is not None
-        return Failure(evaluation.id, describe(evaluation), explain(failure))
+        return Failure(describe(evaluation), explain(failure))

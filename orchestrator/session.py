@@ -10,12 +10,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dt.errors import UserError
 from orchestrator.lifeline import lifeline, terminable
@@ -43,17 +44,30 @@ HEAD_PATIENCE_SECONDS = 45.0  # with a cluster's head that may be started again;
 EMBEDDED_PATIENCE_SECONDS = 10.0  # nobody starts that one again, but a network may be away for a moment
 
 
-@dataclass(frozen=True)
-class Session:
-    """A live connection. embedded: to a Ray of our own on this machine, which ends with the run.
+class Node(NamedTuple):
+    """What a machine of the cluster has."""
 
-    cpus, gpus: of all nodes, those included that an autoscaler may add; node_cpus: of the largest node.
-    """
-
-    embedded: bool
     cpus: int
     gpus: int
-    node_cpus: int
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live connection. embedded: to a Ray of our own on this machine, which ends with the run; nodes: those included
+    that an autoscaler may add."""
+
+    embedded: bool
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        """Of all nodes."""
+        return max(1, sum(node.cpus for node in self.nodes))
+
+    @property
+    def gpus(self) -> int:
+        """Of all nodes."""
+        return sum(node.gpus for node in self.nodes)
 
 
 @contextmanager
@@ -230,9 +244,9 @@ def _tamed() -> Iterator[None]:
             setattr(utils, name, former)
 
 
-def in_job() -> bool:
-    """Whether this process is the entry point of a Ray job: its working directory is a copy that vanishes."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+def vanishes(folder: Path) -> bool:
+    """Whether a folder is in the copy of a working directory that a Ray job is given, which goes when the job ends."""
+    return "working_dir_files" in folder.parts  # where Ray's runtime environments put it
 
 
 def check_visible(place: Place) -> None:
@@ -293,19 +307,17 @@ def _see(results: str, name: str) -> str:
 def _session(*, embedded: bool) -> Session:
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    addable = [] if embedded else _addable_nodes()
-    counted = [*((node, 1) for node in nodes), *addable]
-    return Session(
-        embedded,
-        cpus=max(1, sum(int(node.get("CPU", 0)) * count for node, count in counted)),
-        gpus=sum(int(node.get("GPU", 0)) * count for node, count in counted),
-        node_cpus=max(1, *(int(node.get("CPU", 0)) for node, _ in counted)),
-    )
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    addable = [] if embedded else _addable_nodes(alive)
+    return Session(embedded, (*(_node_with(node["Resources"]) for node in alive), *addable))
 
 
-def _addable_nodes() -> list[tuple[Mapping[str, float], int]]:
-    """Resources and number of the nodes that the cluster's autoscaler may still add; none where it has no autoscaler.
+def _node_with(resources: Mapping[str, float]) -> Node:
+    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def _addable_nodes(alive: Sequence[Mapping[str, Any]]) -> list[Node]:
+    """Those that the cluster's autoscaler may add to the ones that live; none where it has no autoscaler.
 
     From a private module of Ray: the public interface knows only nodes that run, and a cluster that scales down to its
     head would never be seen to have a GPU.
@@ -315,9 +327,13 @@ def _addable_nodes() -> list[tuple[Mapping[str, float], int]]:
     try:
         config = ray._private.state.state.get_cluster_config()
         groups = list(config.node_group_configs) if config else []
-        return [(dict(group.resources), max(0, group.max_count - group.min_count)) for group in groups]
+        running = Counter(node["Labels"].get("ray.io/node-group") for node in alive)
     except Exception:  # another version of Ray, or a cluster that keeps it to itself
         return []
+    # Its least are running or about to. (Nodes of Ray's first autoscaler do not say of which group they are.)
+    # Its least are running or about to. (Nodes of Ray's first autoscaler do not say of which group they are.)
+    left = [group.max_count - max(group.min_count, running[group.name]) for group in groups]
+    return [_node_with(group.resources) for group, count in zip(groups, left, strict=True) for _ in range(count)]
 
 
 def prepare(*, new_cluster: bool) -> None:

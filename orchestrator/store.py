@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -165,13 +166,18 @@ class Store:
         self.place.remove(self.root / SCRATCH)
 
     def sweep(self) -> None:
-        """Remove what killed writers left behind. Only while the lock is held: there is no other writer then."""
+        """Remove what killed writers left behind. Only while the lock is held: there is no other writer then.
+
+        (Of downloads, which take none, what is older than a day.)
+        """
+        yesterday = time.time() - 24 * 3600
         for folder in (self.artefacts, self.tables, self.training):
             for leftover in folder.glob("**/.*.tmp"):
                 leftover.unlink(missing_ok=True)
         for mark in self.root.glob(".visible-*"):
             mark.unlink(missing_ok=True)
-        for leftover in chain(self.datasets.glob(".recording-*"), self.datasets.glob(".download-*")):
+        old = [path for path in self.datasets.glob(".download-*") if path.stat().st_mtime < yesterday]
+        for leftover in chain(self.datasets.glob(".recording-*"), old):
             shutil.rmtree(leftover, ignore_errors=True)
         self.clear_scratch()
 

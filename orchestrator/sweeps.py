@@ -1,9 +1,9 @@
-"""Sweeps on Ray Tune: a trial is a stretch of a sweep's lines, whose evaluations stream through a shared pool."""
+"""Sweeps on Ray Tune: a trial is a stretch of the sweep, whose evaluations stream through a shared pool."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from math import ceil
 from typing import Any
@@ -11,44 +11,26 @@ from typing import Any
 import ray
 from ray import tune
 
-from orchestrator.messages import Failure, explain
+from dt.errors import UserError
+from orchestrator.messages import Failure, describe, explain
 from orchestrator.progress import Phase
-from orchestrator.recipes import Artefact, Evaluate, Fisher, Merge, Perturb, Trained, ingredients, trained
+from orchestrator.recipes import Artefact, Evaluate, Fisher, Trained, ingredients
 from orchestrator.rollouts import RolloutPool, RolloutWorker, Rows, Weights
 from orchestrator.store import Store
 from orchestrator.tables import Tables
 from orchestrator.tuning import run_trials
 
-Line = tuple[Evaluate, ...]
 TRIALS = 256  # at most: one costs Tune some kilobytes and a tenth of a second
 IN_FLIGHT = 8  # evaluations that a trial has handed over and not got back: few wait, and no worker waits for one
 
 
-def lines_of(evaluations: Iterable[Evaluate]) -> list[Line]:
-    """Group evaluations into lines: the whole α grid of one pair and group, all perturbations of one policy's group, or
-    one policy alone. Order is kept."""
-    lines: dict[tuple[object, ...], list[Evaluate]] = {}
-    for evaluation in evaluations:
-        lines.setdefault(_line_key(evaluation), []).append(evaluation)
-    return [tuple(line) for line in lines.values()]
-
-
-def _line_key(evaluation: Evaluate) -> tuple[object, ...]:
-    policy = evaluation.policy
-    settings = (evaluation.task, evaluation.episodes, evaluation.seed, evaluation.target_return, evaluation.precision)
-    if isinstance(policy, Merge | Perturb):
-        return (*settings, policy.kind, policy.group, *(train.id for train in trained(policy)))
-    return (*settings, policy.id)
-
-
-def bundles_of(lines: Iterable[Line], count: int = TRIALS) -> list[tuple[Evaluate, ...]]:
-    """The evaluations of the lines, in order, in so many bundles of one size.
+def bundles_of(evaluations: Sequence[Evaluate], count: int = TRIALS) -> list[tuple[Evaluate, ...]]:
+    """The evaluations, in order, in so many bundles of one size.
 
     In fewer, where a bundle would have fewer evaluations than a trial hands over at a time.
     """
-    asked = [evaluation for line in lines for evaluation in line]
-    size = max(IN_FLIGHT, ceil(len(asked) / count))
-    return [tuple(asked[start : start + size]) for start in range(0, len(asked), size)]
+    size = max(IN_FLIGHT, ceil(len(evaluations) / count))
+    return [tuple(evaluations[start : start + size]) for start in range(0, len(evaluations), size)]
 
 
 def concurrent_trials(bundles: int, workers: int) -> int:
@@ -73,13 +55,19 @@ def sweep(
 
     worker: the class of the actors that do it; another one measures what everything but the rollouts costs.
     """
-    parts = {part.id: part for evaluation in evaluations for part in ingredients(evaluation)}
+    failures: list[Failure] = []
     # As NumPy, which workers map from the object store without a copy; this process keeps the references alive.
-    weights = {part.id: (part, ray.put(_arrays(part, store))) for part in parts.values()}
+    weights: dict[str, tuple[Artefact, Any]] = {}
+    for part in {part.id: part for evaluation in evaluations for part in ingredients(evaluation)}.values():
+        try:
+            weights[part.id] = part, ray.put(_arrays(part, store))
+        except UserError as error:  # damaged: what is made of others can be evaluated
+            failures.append(Failure(describe(part), str(error)))
+    bundles = bundles_of([each for each in evaluations if all(part.id in weights for part in ingredients(each))])
+    if not bundles:
+        return failures
     pool = RolloutPool.remote(weights, worker)  # type: ignore[attr-defined]
     recruited = pool.recruit.remote(workers)
-    bundles = bundles_of(lines_of(evaluations))
-    failures: list[Failure] = []
 
     def commit(report: dict[str, Any]) -> None:
         results, note = report.pop("results", []), ""
@@ -104,7 +92,7 @@ def sweep(
     finally:
         del recruited  # kept until here: a dropped reference may cancel the call
         ray.kill(pool)  # and its workers with it
-    return [*failures, *(Failure("", "a part of the sweep", explain(error)) for error in died)]
+    return [*failures, *(Failure("a part of the sweep", explain(error)) for error in died)]
 
 
 def _arrays(part: Artefact, store: Store) -> Weights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -329,6 +330,8 @@ class Tables:
     def some(self, table: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """Columns and rows of a table, in no order. Raises UserError naming a corrupt file."""
         try:
+            with suppress(FileNotFoundError):  # its parts were compacted meanwhile
+                return self.dataset(table).to_table(columns=columns, filter=where)
             return self.dataset(table).to_table(columns=columns, filter=where)
         except (pa.ArrowException, OSError) as error:
             raise self._corrupt(table) or error from error
@@ -447,7 +450,11 @@ def _check_ends(path: Path) -> None:
 
 
 def _corrupt_file(path: Path) -> UserError:
-    remedy = "restore it from git" if path.parent.name == "tables" else "delete it and run the same command again"
+    remedy = (
+        "restore it from a copy (ours: from git)"
+        if path.parent.name == "tables"
+        else "delete it and run the same command again"
+    )
     return UserError(f"{path} is truncated or not Parquet: {remedy}")
 
 

@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter
 from dt.errors import UserError
 from orchestrator.costs import multiply_adds
 from orchestrator.messages import Failure, brief, describe, explain
+from orchestrator.place import UnreachableError
 from orchestrator.progress import Phase
 from orchestrator.recipes import Fisher, ImportLanguage, Job, Pretrain
 from orchestrator.rows import policy_row, run_row, run_rows, training_rows
@@ -98,7 +99,7 @@ def train_all(
 
     def look_now_and_then() -> None:
         if cadence.due():
-            with cadence.measured():
+            with cadence.measured(), suppress(UnreachableError):
                 look()
 
     def on_report(report: dict[str, Any]) -> None:
@@ -118,11 +119,7 @@ def train_all(
     store.clear_scratch()
     if died:  # its lane's CPUs are never given back, so others might wait for them for ever
         on_report({"lost": explain(died[0])})
-    return [
-        Failure(recipe.id, describe(recipe), errors[recipe.id])
-        for recipe in recipes
-        if recipe.id in errors.keys() - finished
-    ]
+    return [Failure(describe(recipe), errors[recipe.id]) for recipe in recipes if recipe.id in errors.keys() - finished]
 
 
 def lanes_of(recipes: Sequence[Job], count: int) -> list[list[Job]]:
@@ -156,7 +153,7 @@ def compute_all(
         try:
             ray.get(reference)
         except ray.exceptions.RayError as error:
-            failures.append(Failure(recipe.id, describe(recipe), explain(error)))
+            failures.append(Failure(describe(recipe), explain(error)))
         phase.advance(1, describe(recipe))
     return failures
 
@@ -274,6 +271,8 @@ def train_lane(config: dict[str, Any]) -> dict[str, str]:
         try:
             with _attempt(recipe, store):
                 _train(recipe, store, work)
+        except UnreachableError:
+            raise  # the next attempt may reach it
         except UserError as error:
             errors[recipe.id] = str(error)
     return errors
@@ -363,10 +362,10 @@ def _attempt(recipe: Job, store: Store) -> Iterator[None]:
     begun.write(store, recipe)
     try:
         yield
-    except UserError as error:
-        replace(begun, mistake=str(error)).write(store, recipe)
-        raise
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, UnreachableError):
+            replace(begun, mistake=str(error)).write(store, recipe)
+            raise
         now = _Attempts.read(store, recipe)  # fewer ends, if there was a checkpoint
         replace(now, ends=(*now.ends[:-1], explain(error))).write(store, recipe)
         raise

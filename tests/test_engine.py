@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 import pytest
 import ray
 import torch
+from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 from toy import ARCHITECTURE, OPTIMISATION, TASKS, evaluation, everything, expert, merged, recording, shared, sweep
 
@@ -30,18 +32,19 @@ from dt.scores import normalised_score
 from dt.tasks import get_task
 from dt.training.loop import run as steps_of
 from dt.training.objective import train
-from orchestrator import engine
+from orchestrator import engine, session
 from orchestrator.costs import multiply_adds
 from orchestrator.engine import Settings, run, slots_for
 from orchestrator.making import begin, from_store, realise
 from orchestrator.messages import describe
+from orchestrator.place import Folder, UnreachableError
 from orchestrator.progress import Pace, phase
 from orchestrator.recipes import Evaluate, FineTune, Fisher, Merge, Perturb, Pretrain, Train, closure, ingredients
 from orchestrator.rollouts import RolloutPool
 from orchestrator.rows import run_row
-from orchestrator.session import Session
+from orchestrator.session import Node, Session
 from orchestrator.store import Store
-from orchestrator.sweeps import IN_FLIGHT, bundles_of, concurrent_trials, lines_of
+from orchestrator.sweeps import IN_FLIGHT, bundles_of, concurrent_trials
 from orchestrator.tables import Tables
 from orchestrator.training import LOG_EVERY, MAX_ATTEMPTS, MAX_FAILURES, Lane, commit_outcome, lanes_of, train_lane
 
@@ -182,36 +185,38 @@ def test_a_failure_is_told_in_one_sentence_and_stops_nothing_else(finished, by_h
         run([headless], Settings(results=finished), QUIET)
 
 
-def test_a_folder_that_vanishes_with_a_job_is_refused(monkeypatch):
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+def test_a_damaged_policy_stops_only_what_is_made_of_it(finished, by_hand, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(finished, results)
+    damaged = Store(results).path(expert("walker2d"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    fine = evaluation(Perturb(policy=expert("hopper"), group="mlp", how="random"))
+    with pytest.raises(UserError, match=r"the medium walker2d policy of seed 0 failed: .*policy.safetensors"):
+        run([evaluation(merged("layernorm", 0.125)), fine], Settings(results=results), QUIET)
+    check_episodes(results, [fine], by_hand[0])
+
+
+def test_a_folder_that_vanishes_with_a_job_is_refused(tmp_path, monkeypatch):
+    """Ray runs a job in a copy of its working directory; the command line has made the folder's path absolute."""
+    working = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    working.mkdir(parents=True)
+    monkeypatch.chdir(working)
     with pytest.raises(UserError, match="give --results an absolute path that all nodes share"):
-        run(sweep(), Settings(results=Path("results")), QUIET)
-
-
-def test_lines_are_whole_alpha_grids_in_the_order_asked():
-    asked = sweep()
-    lines = lines_of(asked)
-    assert [len(line) for line in lines] == [1, 1, 3, 3, 1, 3]
-    assert [one for line in lines for one in line] == asked
-    shuffled = [*asked[::2], *asked[1::2]]
-    assert {frozenset(line) for line in lines_of(shuffled)} == {frozenset(line) for line in lines}
-    other_starts = evaluation(merged("attention", 0.25)).model_copy(update={"seed": 1})
-    assert len(lines_of([*asked, other_starts])) == len(lines) + 1
+        run(sweep(), Settings(results=Store("results").address), QUIET)
 
 
 def test_bundles_are_of_one_size_and_few() -> None:
-    lines = [
-        tuple(evaluation(merged("attention", step / 100), episodes=own + 1) for step in range(4)) for own in range(50)
+    everything = [
+        evaluation(merged("attention", step / 100), episodes=own + 1) for own in range(50) for step in range(4)
     ]
-    everything = [one for line in lines for one in line]
     for count, size in ((1, 200), (7, 29), (20, 10), (256, IN_FLIGHT)):
-        bundles = bundles_of(lines, count)
+        bundles = bundles_of(everything, count)
         assert [one for bundle in bundles for one in bundle] == everything
         assert {len(bundle) for bundle in bundles[:-1]} <= {size}
         assert len(bundles[-1]) <= size
     for workers in (1, 2, 5, 16, 100):
         for asked in (1, 7, 9, 101, 200):
-            bundles = bundles_of([everything[:asked]])
+            bundles = bundles_of(everything[:asked])
             begun = bundles[: concurrent_trials(len(bundles), workers)]
             assert sum(min(len(bundle), IN_FLIGHT) for bundle in begun) >= min(2 * workers, asked)
 
@@ -301,6 +306,37 @@ def test_an_unforeseen_error_is_tried_again_and_then_told(tmp_path):
     assert told == "it was begun 4 times, the last time ended by KeyError: 'metrics'"
 
 
+def test_an_object_store_that_is_away_for_a_moment_is_no_mistake(tmp_path, monkeypatch):
+    recipe, push, pushed = expert("hopper", steps=60), Folder.push, list[Path]()
+    config = lane(tmp_path, recipe)
+
+    def away_at_first(place: Folder, path: Path) -> None:
+        pushed.append(path)
+        if len(pushed) == 1:
+            raise UnreachableError("cannot use s3://bucket/x")
+        push(place, path)
+
+    monkeypatch.setattr(Folder, "push", away_at_first)
+    with pytest.raises(UnreachableError):
+        train_lane(config)
+    assert train_lane(config) == {}  # as Ray Train begins it again
+    assert Store(tmp_path).finished(recipe)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_autoscaler_s_nodes_count_once_whether_they_run_or_not(monkeypatch):
+    def group(name, cpus, gpus, least, most):
+        resources = {"CPU": cpus, "GPU": gpus}
+        return autoscaler_pb2.NodeGroupConfig(name=name, resources=resources, min_count=least, max_count=most)
+
+    config = autoscaler_pb2.ClusterConfig(node_group_configs=[group("head", 8, 0, 1, 1), group("gpu", 16, 1, 0, 4)])
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: config)
+    for running in range(5):
+        alive = [{"Labels": {"ray.io/node-group": "head"}}, *[{"Labels": {"ray.io/node-group": "gpu"}}] * running]
+        assert session._addable_nodes(alive) == [Node(16, 1)] * (4 - running)
+    assert session._addable_nodes([{"Labels": {}}]) == [Node(16, 1)] * 4
+
+
 def test_lanes_share_the_work():
     lengths = [100, 10, 20, 70, 30]
     recipes = [expert("hopper", steps=steps) for steps in lengths]
@@ -344,23 +380,35 @@ def test_policies_are_realised_recursively():
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "pending", "settings", "slots"),
+    ("nodes", "pending", "settings", "slots"),
     [
-        (2, 0, 3, {}, (2, 1, 0.0)),
-        (2, 0, 1, {}, (1, 1, 0.0)),
-        (16, 0, 9, {}, (4, 4, 0.0)),
-        (16, 1, 9, {}, (4, 4, 0.25)),
-        (16, 1, 3, {}, (3, 4, 0.333)),
-        (64, 8, 3, {}, (3, 16, 1.0)),
-        (2, 0, 9, {"threads": 2}, (1, 2, 0.0)),
-        (8, 0, 9, {"training_slots": 3, "threads": 1}, (3, 1, 0.0)),
+        ([(2, 0)], 3, {}, (2, 1, 0.0)),
+        ([(2, 0)], 1, {}, (1, 1, 0.0)),
+        ([(16, 0)], 9, {}, (4, 4, 0.0)),
+        ([(16, 1)], 9, {}, (4, 4, 0.25)),
+        ([(16, 1)], 3, {}, (3, 4, 0.333)),
+        ([(64, 8)], 3, {}, (3, 2, 1.0)),
+        ([(64, 8)], 32, {}, (32, 2, 0.25)),
+        ([(16, 2)], 3, {}, (3, 2, 0.5)),
+        ([(32, 0), (4, 1), (4, 1)], 40, {}, (8, 1, 0.25)),
+        ([(8, 0), (16, 1), (16, 1), (16, 1), (16, 1)], 5, {}, (5, 4, 0.5)),
+        ([(8, 1), (64, 0), (16, 1)], 12, {}, (8, 2, 0.25)),
+        ([(2, 1)], 9, {}, (2, 1, 0.5)),
+        ([(2, 0)], 9, {"threads": 2}, (1, 2, 0.0)),
+        ([(8, 0)], 9, {"training_slots": 3, "threads": 1}, (3, 1, 0.0)),
+        ([(16, 1)], 9, {"training_slots": 8, "threads": 1}, (8, 1, 0.125)),
     ],
 )
-def test_trainings_share_the_machine(cpus, gpus, pending, settings, slots):
-    shared = slots_for(pending, Settings(**settings), Session(True, cpus, gpus, cpus))
+def test_trainings_share_the_machines(nodes, pending, settings, slots):
+    """All that run at once find a node that has what each asks for."""
+    shared = slots_for(pending, Settings(**settings), Session(True, tuple(Node(*node) for node in nodes)))
     assert (shared.count, shared.threads, shared.gpu) == slots
-    assert shared.count * (shared.cpus + 0.01) <= cpus
-    assert shared.count * shared.gpu <= gpus
+    of_gpu = int(1 / shared.gpu) if shared.gpu else None
+    rooms = [
+        min(int(cpus / (shared.cpus + 0.01)), gpus * of_gpu) if of_gpu else int(cpus / (shared.cpus + 0.01))
+        for cpus, gpus in nodes
+    ]
+    assert sum(rooms) >= shared.count
 
 
 def test_a_training_killed_just_before_its_commit_is_committed_by_the_next_run(tmp_path, by_hand):
@@ -400,9 +448,9 @@ def test_a_resumed_phase_is_timed_by_what_it_does_now(monkeypatch):
 
 
 def test_a_gpu_is_shared_by_estimates_as_by_trainings():
-    session = Session(True, cpus=16, gpus=1, node_cpus=4)
-    assert slots_for(12, Settings(), session).gpu == 0.25
-    assert slots_for(1, Settings(), session).gpu == 1
+    machine = Session(True, (Node(16, 1),))
+    assert slots_for(12, Settings(), machine).gpu == 0.25
+    assert slots_for(1, Settings(), machine).gpu == 1
 
 
 def test_what_is_left_goes_by_the_estimates_and_by_how_they_fared(monkeypatch):
@@ -469,7 +517,7 @@ def test_a_pool_does_without_the_worker_that_cannot_start_and_the_evaluation_tha
     answers = ray.get([pool.evaluate.remote(evaluation) for evaluation in (deadly, *others)], timeout=300)
     assert answers[1:] == [evaluation.id for evaluation in others]
     failure = answers[0]
-    assert failure.recipe == deadly.id
+    assert failure.what == describe(deadly)
     assert failure.why.startswith("its process died")
 
 
@@ -488,4 +536,5 @@ def test_a_pool_without_any_worker_says_why():
     pool = RolloutPool.remote(parts, Worker)
     pool.recruit.remote(2)
     answers = ray.get([pool.evaluate.remote(evaluation) for evaluation in evaluations], timeout=300)
-    assert [failure.recipe for failure in answers] == [evaluation.id for evaluation in evaluations]
+    assert [failure.what for failure in answers] == [describe(evaluation) for evaluation in evaluations]
+    assert {failure.why for failure in answers} == {"OSError: no torch on this machine"}

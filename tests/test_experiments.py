@@ -237,6 +237,12 @@ def test_mistakes_name_what_is_valid(call: object, says: str) -> None:
         call()  # type: ignore[operator]
 
 
+def test_a_profile_of_other_seeds_has_another_name() -> None:
+    """So that its points do not take the place of the profile's own in the tables."""
+    assert ONE_SEED.name == "laptop-seeds-0"
+    assert get_profile("laptop").with_seeds([0, 1]).name == "laptop-seeds-0-1"
+
+
 @pytest.mark.parametrize("seeds", [[0, 0], [-1]])
 def test_seeds_are_different_and_not_negative(seeds: list[int]) -> None:
     with pytest.raises(ValidationError, match="different and not negative"):

@@ -153,7 +153,7 @@ def test_every_policy_acts_and_has_a_row(recipe: AnyPolicy, store: Store) -> Non
     assert set(policy.heads) == set(tasks_of(recipe))
     for task in policy.heads:
         asked = evaluation(recipe, task, episodes=1)
-        rows = roll_out(asked, from_store(recipe, store), threads=1)
+        rows = roll_out(asked, from_store(recipe, store))
         assert np.isfinite(rows.episodes["return"].to_pylist()).all()
     (row,) = policy_row(recipe, size_of(policy)).to_pylist()
     assert row["kind"] == recipe.kind

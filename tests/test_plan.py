@@ -41,7 +41,6 @@ def test_an_empty_store_lacks_everything_once(tmp_path):
     assert plan.recordings == (recording("hopper"), recording("walker2d"))
     assert plan.gradient_steps == 2 * OPTIMISATION.steps
     assert plan.episodes == 12 * 2
-    assert plan.environment_steps == 12 * 2 * 1000 + 2 * 3 * 1000
     assert (plan.stored_recordings, plan.stored_artefacts, plan.stored_evaluations) == (0, (), 0)
     assert (
         "2 recordings (6 episodes), 2 trainings (440 gradient steps), 12 evaluations (24 episodes)" in plan.describe()

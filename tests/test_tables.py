@@ -144,7 +144,7 @@ def test_a_corrupt_file_is_named_with_its_remedy(tables):
     tables.compact()
     compacted = tables.root / "episodes.parquet"
     compacted.write_bytes(compacted.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"{compacted} is truncated or not Parquet: restore it from git"):
+    with pytest.raises(UserError, match=f"{compacted} is truncated or not Parquet: restore it from a copy"):
         tables.done("episodes")
 
 
