@@ -1,4 +1,4 @@
-# make demo · make test · make reproduce · make chaos · make audit · make lint · make venv
+# make demo · make test · make reproduce · make bench · make chaos · make audit · make lint · make venv
 #
 # PYTHON       any Python >= 3.11, used once to create .venv
 # TORCH_INDEX  extra pip index with the PyTorch build you want (CPU or a CUDA version); empty: pip's own configuration decides
