@@ -150,6 +150,7 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
     Tune and the workers take some seconds to start; so it takes minutes, and one round where others take nine.
     """
     from benchmarks.scale import Curve
+    from orchestrator.progress import Phase
     from orchestrator.session import connect
     from orchestrator.sweeps import sweep
 
@@ -171,7 +172,8 @@ def orchestration(rounds: int) -> Iterator[Measurement]:
             for expert, policy in zip(experts, policies, strict=True):
                 store.save(expert, policy)
             began = time.perf_counter()
-            failures = sweep(evaluations, store, tables, workers=workers, phase=Curve(len(evaluations)))
+            unseen = Phase(len(evaluations), Curve(len(evaluations)))
+            failures = sweep(evaluations, store, tables, workers=workers, phase=unseen)
             seconds = time.perf_counter() - began
             (row,) = tables.query("SELECT sum(seconds) AS seconds FROM runs").to_pylist()
         assert not failures

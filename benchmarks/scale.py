@@ -52,18 +52,22 @@ class Sample:
     pool_megabytes: float
 
 
-class Curve(Phase):
-    """A phase that is not shown but measured, at so many points."""
+class Curve:
+    """A sweep's progress, not shown but measured, at so many points."""
 
     def __init__(self, total: int) -> None:
-        super().__init__("evaluations", total, "policies")
+        self._total, self._began = total, time.monotonic()
         self.samples: list[Sample] = []
 
-    def _show(self, note: str) -> None:
+    def show(self, done: int, note: str) -> None:
+        """One more point, if it is time."""
         del note
-        if self.done * SAMPLES >= self.total * (len(self.samples) + 1):
+        if done * SAMPLES >= self._total * (len(self.samples) + 1):
             memory = (_megabytes(os.getpid()), sum(_megabytes(pid) for pid, _ in processes("ray::RolloutPool")))
-            self.samples.append(Sample(self.done, time.monotonic() - self.began, *memory))
+            self.samples.append(Sample(done, time.monotonic() - self._began, *memory))
+
+    def say(self, text: str) -> None:
+        """Nobody listens."""
 
 
 def asked(count: int) -> list[Evaluate]:
@@ -86,7 +90,9 @@ def orchestrate(evaluations: Sequence[Evaluate], root: Path, workers: int) -> tu
         torch.manual_seed(0)
         store.save(expert, DecisionTransformer(TINY, [get_task(expert.task)], 0.0).policy())
     plan, curve = make_plan(evaluations, store, tables), Curve(len(evaluations))
-    failures = sweep(plan.evaluations, store, tables, workers=workers, phase=curve, worker=InstantWorker)
+    failures = sweep(
+        plan.evaluations, store, tables, workers=workers, phase=Phase(len(evaluations), curve), worker=InstantWorker
+    )
     return failures, curve.samples
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,67 +13,79 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 QUIET_SECONDS = 15.0  # between two lines, where there is no terminal
 
 
-class Phase:
-    """One kind of work under way: so many units done of so many."""
+class Screen(Protocol):
+    """Where a kind of work is seen."""
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        self.name, self.total, self.unit = name, total, unit
-        self.done, self.began = 0, time.monotonic()
-        self.first: tuple[int, float] | None = None  # what was done when we first heard of it, and when that was
-
-    def set(self, done: int, note: str = "") -> None:
-        """So many are done in all."""
-        self.done = min(done, self.total)
-        self.first = self.first or (self.done, time.monotonic())
-        self._show(note)
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """So many more are done."""
-        self.set(self.done + count, note)
+    def show(self, done: int, note: str) -> None:
+        """So many units are done in all."""
+        ...
 
     def say(self, text: str) -> None:
         """A line of its own, that stays."""
-        raise NotImplementedError
-
-    def _show(self, note: str) -> None:
-        raise NotImplementedError
+        ...
 
 
-class _Bar(Phase):
+class Phase:
+    """One kind of work under way: so many units done of so many."""
+
+    def __init__(self, total: int, screen: Screen) -> None:
+        self._done, self._total, self._screen = 0, total, screen
+
+    def set(self, done: int, note: str = "") -> None:
+        """So many are done in all."""
+        self._done = min(done, self._total)
+        self._screen.show(self._done, note)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """So many more are done."""
+        self.set(self._done + count, note)
+
+    def say(self, text: str) -> None:
+        """A line of its own, that stays."""
+        self._screen.say(text)
+
+
+class _Bar:
+    """On a terminal."""
+
     def __init__(self, name: str, total: int, unit: str, progress: Progress) -> None:
-        super().__init__(name, total, unit)
         self._progress, self._task = progress, progress.add_task(name, total=total, unit=unit, note="")
+
+    def show(self, done: int, note: str) -> None:
+        self._progress.update(self._task, completed=done, note=note)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, soft_wrap=True)
 
-    def _show(self, note: str) -> None:
-        self._progress.update(self._task, completed=self.done, note=note)
 
+class _Lines:
+    """In a log: a line now and then, and one at the end."""
 
-class _Lines(Phase):
     def __init__(self, name: str, total: int, unit: str, console: Console) -> None:
-        super().__init__(name, total, unit)
-        self._console, self._shown, self._ended = console, time.monotonic(), False
-        console.print(f"{name}: {total:,} {unit}", highlight=False, soft_wrap=True)
+        self._name, self._total, self._unit, self._console = name, total, unit, console
+        self._began = self._shown = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done when we first heard of it, and when that was
+        self._ended = False
+        self.say(f"{name}: {total:,} {unit}")
+
+    def show(self, done: int, note: str) -> None:
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        if self._ended or (now - self._shown < QUIET_SECONDS and done < self._total):
+            return
+        self._shown, self._ended = now, done == self._total
+        text = f"{self._name}: {done:,} of {self._total:,} {self._unit} in {duration(now - self._began)}"
+        self.say(f"{text}{self._left(done, now)}{f' ({note})' if note else ''}")
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def _show(self, note: str) -> None:
-        now = time.monotonic()
-        if self._ended or (now - self._shown < QUIET_SECONDS and self.done < self.total):
-            return
-        self._shown, self._ended = now, self.done == self.total
-        text = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} in {duration(now - self.began)}"
-        self._console.print(f"{text}{self._left(now)}{f' ({note})' if note else ''}", highlight=False, soft_wrap=True)
-
-    def _left(self, now: float) -> str:
+    def _left(self, done: int, now: float) -> str:
         """By the pace since the first word of it: a resumed training begins with much of it done."""
-        already, since = self.first or (0, now)
-        if not already < self.done < self.total:
+        already, since = self._first or (0, now)
+        if not already < done < self._total:
             return ""
-        return f", about {duration((now - since) * (self.total - self.done) / (self.done - already))} left"
+        return f", about {duration((now - since) * (self._total - done) / (done - already))} left"
 
 
 class Pace:
@@ -93,7 +106,7 @@ class Pace:
 def phase(console: Console, name: str, total: int, unit: str) -> Iterator[Phase]:
     """Show one kind of work while the block runs."""
     if not console.is_terminal:
-        yield _Lines(name, total, unit, console)
+        yield Phase(total, _Lines(name, total, unit, console))
         return
     columns = (
         TextColumn("{task.description:<12}"),
@@ -106,7 +119,7 @@ def phase(console: Console, name: str, total: int, unit: str) -> Iterator[Phase]
         TextColumn("{task.fields[note]}", style="dim"),
     )
     with Progress(*columns, console=console) as progress:
-        yield _Bar(name, total, unit, progress)
+        yield Phase(total, _Bar(name, total, unit, progress))
 
 
 def duration(seconds: float) -> str:
