@@ -10,7 +10,7 @@ LITTLE_DECREASE = 0.95  # "little to no decrease": at least this much of the sco
 
 DIFFERENCES = (  # of every experiment of the paper
     "Data: recorded from this project's behaviour policies unless another source was named; D4RL's in the paper.",
-    "Budget: as the profile says; 100,000 steps a policy in the paper.",
+    "Budget: as the profile says, with its learning rate, schedule and dropout; 100,000 steps a policy in the paper.",
     "The last checkpoint is evaluated; the original keeps the best by the episodes that it reports.",
 )
 

@@ -10,7 +10,10 @@ from orchestrator.experiment import Claim, Experiment, Figure, Point, Setting, m
 ALPHA = 0.5
 PAIRS = (("hopper", "halfcheetah"), ("halfcheetah", "hopper"))  # (target, source): the paper's left and right panel
 CLOSE_TO_ZERO = 0.1
-STANDS = "the reward. Hopper is paid for every step on which it stands: who falls slowly keeps some of its score."
+STANDS = (
+    "the reward, and chance. Hopper is paid for every step on which it stands, so a policy that falls slowly keeps "
+    "some of its score; how slowly a merged one falls differs from seed to seed, and the paper shows one."
+)
 
 
 def points(setting: Setting) -> Iterator[Point]:

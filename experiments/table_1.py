@@ -17,11 +17,13 @@ ONES = (
 )
 
 ONE_BEHAVIOUR = (
-    "data. Where it holds one behaviour, the present state tells the next action, and the longer a policy is trained, "
-    "the less it needs attention (see `budget`); where it holds two, the past and the return asked for tell them "
-    "apart, and without attention a policy sees neither, for an action is read at the token of its state."
+    "the data, perhaps, unless it is D4RL's. It holds one behaviour, whose next action the present state tells, and "
+    "the longer a policy is trained, the less it needs attention (see `budget`). But so does the paper's, and that was "
+    "trained for longer: its Hopper may forgive less."
 )
-OTHER_DATA = "data. Which policies lean on their past depends on the behaviours recorded, and these are not D4RL's."
+OTHER_DATA = (
+    "data. Which policies lean on their past depends on the behaviours recorded, and these are others, unless D4RL's."
+)
 
 
 def points(setting: Setting) -> Iterator[Point]:

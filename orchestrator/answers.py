@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dt.errors import UserError
-from orchestrator.estimates import Sample, constant, mean_of, sample_mean, standard_error
+from orchestrator.estimates import Sample, constant, mean_of, reach, sample_mean, standard_error
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Point, Setting, Table, Where
 from orchestrator.recipes import Evaluate, Trained, dataset_of, origin
 from orchestrator.rows import SIZES, size_in
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 Verdict = Literal["agrees", "disagrees", "inconclusive"]
 Run = tuple[Label, Label]  # training seed, and instance of what was made at it
 AVERAGE = "average"  # in the place of a label that a table averages over
+ABOUT = 0.05  # as far from a number of the paper is still about it
 
 
 class Judgement(NamedTuple):
-    """A claim's number, what its interval says, and of how many runs each of its terms is at least."""
+    """A claim's number with its standard error over runs, if there are several; what they say, and of how many runs
+    each of its terms is at least."""
 
     sample: Sample
+    error: float | None
     verdict: Verdict
     runs: int
 
@@ -106,8 +109,24 @@ class Answer:
             return None
         means = [mean_of([self._sample(point, claim.value) for point in points]) * weight for weight, points in there]
         total = sum(means[1:], start=means[0])
+        if not total.finite:
+            return None
+        error = self._error_of(there, claim.value)
         runs = min(len({_run(point) for point in points}) for _, points in there)
-        return Judgement(total, verdict(total.interval, claim), runs) if total.finite else None
+        return Judgement(total, error, verdict(reach(total, error), claim), runs)
+
+    def _error_of(self, terms: Sequence[tuple[float, Sequence[Point]]], measure: Measure) -> float | None:
+        """Of a weighted sum of means over points: over training seeds, or at one seed over its instances, with each of
+        which a term that has but one takes part."""
+        runs = {_run(point) for _, points in terms for point in points}
+        again = 0 if len({seed for seed, _ in runs}) > 1 else 1
+
+        def at(name: Label) -> float:
+            mine = ((w, [p for p in points if _run(p)[again] == name] or points) for w, points in terms)
+            return sum(w * mean(self._sample(point, measure).value for point in points) for w, points in mine)
+
+        values = [at(name) for name in sorted({run[again] for run in runs}, key=str)]
+        return standard_error(values) if len(values) > 1 else None
 
     def _cell(self, labels: Mapping[str, Label], points: Sequence[Point]) -> Cell:
         shown = self._of_whole_runs(points, self.experiment.show.value) or self._of_whole_runs(points, "score")
@@ -236,7 +255,7 @@ def select(points: Sequence[Point], where: Where) -> list[Point]:
 
 
 def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
-    """By the interval alone: see `Claim`."""
+    """By how far a claim's number reaches: see `Claim`."""
     low, high = interval
     match claim.expected:
         case "at least":
@@ -244,7 +263,10 @@ def verdict(interval: tuple[float, float], claim: Claim) -> Verdict:
         case "at most":
             return "agrees" if high <= claim.bound else "disagrees" if low > claim.bound else "inconclusive"
         case "about":
-            return "agrees" if low <= claim.bound <= high else "disagrees"
+            near, far = claim.bound - ABOUT, claim.bound + ABOUT
+            return (
+                "agrees" if near <= low and high <= far else "disagrees" if high < near or low > far else "inconclusive"
+            )
 
 
 def _run(point: Point) -> Run:

@@ -78,6 +78,13 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
+def reach(sample: Sample, error: float | None) -> tuple[float, float]:
+    """The interval over episodes, or as far as two standard errors over runs reach where that is further."""
+    low, high = sample.interval
+    spread = 2 * (error or 0.0)
+    return min(low, sample.value - spread), max(high, sample.value + spread)
+
+
 def mean_of(samples: Sequence[Sample]) -> Sample:
     """The mean over strata, each with the same weight."""
     if not samples:

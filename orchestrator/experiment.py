@@ -78,9 +78,11 @@ class Table:
 class Claim:
     """A statement of the paper as a number: a weighted sum of means over points, against a bound.
 
-    `at least` and `at most` agree when the whole interval is on that side of the bound and disagree when all of it is
-    on the other; else they are inconclusive. `about` agrees when the paper's own number lies in the interval.
+    `at least` and `at most` agree when all that the number may be (its interval over episodes, and two standard errors
+    over runs) is on that side of the bound and disagree when all of it is on the other; else they are inconclusive. So
+    is `about`, unless all of it is within 0.05 of the bound, or beyond.
     likely: why our rows may disagree, shown only where they do; the experiment's own reason unless given.
+    ours: it is no claim of the paper's.
     """
 
     statement: str
@@ -89,6 +91,7 @@ class Claim:
     bound: float
     value: Measure = "retention"
     likely: str = ""
+    ours: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,9 @@ def draw(answer: Answer, show: Figure, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
+_LEGENDS: Mapping[str, str | None] = {"alpha": None, "distance": "λ3"}  # where it is not the label's name
+
+
 def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list[Label | None]) -> None:
     """colours: the series of all panels, so that each keeps its colour."""
     xs = distinct(cells, show.x)
@@ -112,7 +116,7 @@ def _draw_panel(axes: Axes, cells: tuple[Cell, ...], show: Figure, colours: list
         axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle="--", zorder=0)
     axes.grid(axis="y", linewidth=0.3)
     _label_x(axes, cells, show, {x: position[x] for x in xs if x is not None}, numeric)
-    axes.legend(title=show.series if show.series != "alpha" else None, fontsize=8, title_fontsize=8)
+    axes.legend(title=_LEGENDS.get(show.series, show.series), fontsize=8, title_fontsize=8)
 
 
 def _label_x(axes: Axes, cells: tuple[Cell, ...], show: Figure, position: dict[Label, float], numeric: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from math import hypot, isfinite
 from pathlib import Path
 from statistics import mean
 
@@ -12,8 +13,8 @@ import pyarrow.compute as pc
 from scipy.stats import kendalltau
 
 from dt.files import write_atomically
-from orchestrator.answers import Answer, Cell, among, answers, shown_labels
-from orchestrator.estimates import LEVEL, Sample
+from orchestrator.answers import ABOUT, Answer, Cell, among, answers, shown_labels
+from orchestrator.estimates import LEVEL, Sample, reach
 from orchestrator.experiment import Claim, Experiment, Figure, Label, Measure, Setting, Table
 from orchestrator.figures import draw, spell
 from orchestrator.paper import ALL_TASKS, NUMBERS, PaperNumber
@@ -68,8 +69,11 @@ def with_error(value: float, error: float | None, measure: Measure) -> str:
 
 def plain(value: float, measure: Measure) -> str:
     """A number alone, in the digits of its measure."""
-    digits = {"score": 1, "return": 0}.get(measure, 2)
-    return f"{value:.{digits}f}"
+    return f"{value:.{_digits(measure)}f}"
+
+
+def _digits(measure: Measure) -> int:
+    return {"score": 1, "return": 0}.get(measure, 2)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,18 +89,23 @@ def _header(found: Sequence[Answer], setting: Setting, tables: Tables) -> str:
     return f"""# Results: profile `{profile.name}`
 
 Written by `mergedt report` from the rows in the tables. Nothing is typed by hand but the paper's numbers, what was
-expected, and the likely reasons where ours disagree, which are guesses.
+expected, what differs, and the likely reasons where ours disagree, which are guesses.
 
 * **Data:** {setting.data.describe(profile)}
 * **Single-task policies:** {architecture.layers} layers, {architecture.heads} head(s), {architecture.width} wide,
   `{architecture.activation}`; {optimisation.steps:,} steps of {optimisation.batch_size} windows at learning
-  rate {optimisation.learning_rate:g} ({optimisation.schedule}, {optimisation.precision}). Always the last checkpoint.
-* **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task.
+  rate {optimisation.learning_rate:g} ({optimisation.schedule}; dropout {optimisation.dropout:g}; products in
+  {optimisation.precision}). Always the last checkpoint.
+* **Evaluation:** {profile.evaluation_episodes} episodes each, from the same starts for all policies of a task;
+  acting in {profile.evaluation_precision}.
 * **Score:** 100·(R − random)/(expert − random), normalised with D4RL's reference returns, in Gymnasium's v5
   environments (the paper: v3 environments, D4RL's data). **Retention:** score / score of that policy before merging.
 * **Intervals:** in brackets, {LEVEL:.0%}, stratified bootstrap over episodes. They cover the noise of evaluating the
   trained policies at hand, not that of training again. Of that, ± tells: the standard error of the mean over training
-  seeds, or, where there is one, over instances: what is fine-tuned or trained together again, of the same experts.
+  seeds, or, where there is one, over instances: what is fine-tuned or trained together again with another seed.
+* **Verdicts:** a claim agrees when all that its number may be (its interval, and two standard errors either way where
+  there are several runs) lies on the claimed side of the bound, disagrees when all of it lies on the other, and is
+  inconclusive else; ≈ agrees within {ABOUT:g}. Bounds such as 0.95, 0.5 and 0.1 are our readings of the paper's words.
 {_hardware(found, tables)}"""
 
 
@@ -139,9 +148,14 @@ def _summary(found: Sequence[Answer]) -> str:
 
 
 def _tally(each: Answer) -> str:
-    judged = [found.verdict for claim in each.experiment.claims if (found := each.judge(claim))]
+    judged = [found.verdict for claim in _claims(each) if (found := each.judge(claim))]
     parts = [f"{judged.count(v)} {v}" for v in ("agrees", "disagrees", "inconclusive") if v in judged]
     return ", ".join(parts) or "–"
+
+
+def _claims(each: Answer, *, ours: bool = False) -> list[Claim]:
+    """The paper's claims, or our own beside them; all are, of an experiment that is not the paper's."""
+    return [claim for claim in each.experiment.claims if (claim.ours and bool(each.experiment.paper)) == ours]
 
 
 def _anchor(experiment: Experiment) -> str:
@@ -163,6 +177,7 @@ def _section(each: Answer, command: str) -> str:
             return "\n\n".join(parts)
     if isinstance(experiment.show, Figure):
         parts.append(f"![{experiment.title}]({experiment.name}.png)")
+        parts.append(f"Bars: the {LEVEL:.0%} intervals over episodes; of training again, ± in the numbers below tells.")
         parts.append(f"<details><summary>The numbers</summary>\n\n{_long_table(each)}\n\n</details>")
     else:
         if experiment.show.column is not None:
@@ -170,8 +185,11 @@ def _section(each: Answer, command: str) -> str:
             parts.append(f"<details><summary>With retention and sizes</summary>\n\n{_long_table(each)}\n\n</details>")
         else:
             parts.append(_long_table(each))
-    if experiment.claims:
-        parts.append(_agreement(each))
+    if claims := _claims(each):
+        title = "Agreement with the paper" if experiment.paper else "Expected"
+        parts.append(f"### {title}\n\n{_agreement(each, claims)}{_order(each)}")
+    if claims := _claims(each, ours=True):
+        parts.append(f"### Beyond the paper\n\n{_agreement(each, claims)}")
     if experiment.differences:
         parts.append("What differs from the paper:\n\n" + "\n".join(f"* {text}" for text in experiment.differences))
     return "\n\n".join(parts)
@@ -233,30 +251,41 @@ def _wide_table(each: Answer, show: Table) -> str:
         return written
     why = f" The likely reason: {each.experiment.likely}" if any(compared) and each.experiment.likely else ""
     many = f"{sum(compared)} of {len(compared)} cells"
-    return f"{written}\n\n{APART}: the paper's number lies outside our interval ({many}).{why}"
+    apart_by = "outside our interval, and further than two standard errors where ± tells them"
+    return f"{written}\n\n{APART}: the paper's number lies {apart_by} ({many}).{why}"
 
 
-def _agreement(each: Answer) -> str:
+def _agreement(each: Answer, claims: Sequence[Claim]) -> str:
     rows: list[tuple[str, str, str, str, str]] = []
     reasons: dict[str, list[str]] = {}
-    for claim in each.experiment.claims:
+    for claim in claims:
         found = each.judge(claim)
         said = ("–", "–", "cannot be computed")
         if found:
-            said = (number(found.sample, claim.value), str(found.runs), f"**{found.verdict}**")
+            said = (number(found.sample, claim.value, found.error), str(found.runs), f"**{found.verdict}**")
         rows.append((claim.statement, expected(claim), *said))
         if found and found.verdict == "disagrees" and (likely := claim.likely or each.experiment.likely):
             reasons.setdefault(likely, []).append(claim.statement)
-    title = "Agreement with the paper" if each.experiment.paper else "Expected"
-    order = ordering(each)
-    tau = (
-        f"\n\nKendall's τ between the paper's order and ours: **{order[0]:.2f}** over {order[1]} cells."
-        if order
-        else ""
-    )
     why = "".join(f"\n* {'; '.join(statements)}: {reason}" for reason, statements in reasons.items())
     why = f"\n\nWhere ours disagree, the likely reason:\n{why}" if why else ""
-    return f"### {title}\n\n" + markdown_table(("claim", "read as", "observed", "runs", "verdict"), rows) + why + tau
+    return markdown_table(("claim", "read as", "observed", "runs", "verdict"), rows) + why
+
+
+def _order(each: Answer) -> str:
+    """A sentence, where there is an order to compare."""
+    order = ordering(each.experiment, each.cells)
+    if order is None:
+        return ""
+    groups: dict[tuple[Label, ...], list[Cell]] = {}
+    for cell in each.cells:
+        groups.setdefault(tuple(cell.labels[name] for name in ("quality", "task") if name in cell.labels), []).append(
+            cell
+        )
+    within = [found[0] for cells in groups.values() if (found := ordering(each.experiment, cells))]
+    return (
+        f"\n\nKendall's τ between the paper's order and ours: **{order[0]:.2f}** over all {order[1]} cells; within a "
+        f"robot and dataset **{mean(within):.2f}** on average."
+    )
 
 
 def expected(claim: Claim) -> str:
@@ -306,27 +335,32 @@ def _printed(experiment: Experiment, cell: Cell, metric: str) -> list[PaperNumbe
 
 
 def apart(experiment: Experiment, cell: Cell) -> bool | None:
-    """Whether the paper's number lies outside our interval; None where one of them is missing."""
-    paper, ours = paper_value(experiment, cell), cell.estimates.get(experiment.show.value)
+    """Whether the paper's number lies outside what ours may be, by the interval over episodes and two standard errors
+    of the difference, as far as they are known, and by rounding; None where one of them is missing."""
+    measure = experiment.show.value
+    paper, ours = paper_value(experiment, cell), cell.estimates.get(measure)
     if paper is None or ours is None:
         return None
-    low, high = ours.interval
-    return not low <= paper <= high
+    error = hypot(cell.errors.get(measure, 0.0), paper_error(experiment, cell) or 0.0)
+    low, high = reach(ours, error)
+    rounding = 0.5 * 10.0 ** -_digits(measure)
+    return not low - rounding <= paper <= high + rounding
 
 
-def ordering(each: Answer) -> tuple[float, int] | None:
+def ordering(experiment: Experiment, cells: Iterable[Cell]) -> tuple[float, int] | None:
     """Kendall's τ between the paper's and our numbers over all cells that have both, and how many those are.
 
-    1: the same order; 0: unrelated; −1: reversed. None below two cells.
+    1: the same order; 0: unrelated; −1: reversed. None where there is no order: below two cells, or of equal numbers.
     """
     pairs = [
         (paper, ours.value)
-        for cell in each.cells
+        for cell in cells
         if not cell.averaged
-        and (paper := paper_value(each.experiment, cell)) is not None
-        and (ours := cell.estimates.get(each.experiment.show.value)) is not None
+        and (paper := paper_value(experiment, cell)) is not None
+        and (ours := cell.estimates.get(experiment.show.value)) is not None
     ]
     if len(pairs) < 2:
         return None
     papers, ours_all = zip(*pairs, strict=True)
-    return float(kendalltau(papers, ours_all).statistic), len(pairs)
+    tau = float(kendalltau(papers, ours_all).statistic)
+    return (tau, len(pairs)) if isfinite(tau) else None

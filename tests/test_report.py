@@ -24,7 +24,7 @@ from experiments._units import kind_of
 from orchestrator.answers import AVERAGE, Answer, Cell, answers, baseline, verdict
 from orchestrator.data_choice import choose_data
 from orchestrator.declarations import declare_experiment, declare_paper, state_datasets
-from orchestrator.estimates import Sample, constant, mean_of, sample_mean
+from orchestrator.estimates import Sample, constant, mean_of, reach, sample_mean
 from orchestrator.experiment import Claim, Figure, Point, Setting, experiments, get_experiment
 from orchestrator.figures import _draw_panel
 from orchestrator.paper import NUMBERS
@@ -199,12 +199,20 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         ((0.00, 0.20), "at most", 0.1, "inconclusive"),
         ((0.11, 0.20), "at most", 0.1, "disagrees"),
         ((0.75, 0.80), "about", 0.79, "agrees"),
-        ((0.80, 0.85), "about", 0.79, "disagrees"),
+        ((0.70, 0.80), "about", 0.79, "inconclusive"),
+        ((0.85, 0.90), "about", 0.79, "disagrees"),
     ],
 )
 def test_verdicts_follow_the_interval(interval: tuple[float, float], expected: str, bound: float, says: str) -> None:
     claim = Claim(statement="", terms=((1, {}),), expected=expected, bound=bound)  # type: ignore[arg-type]
     assert verdict(interval, claim) == says
+
+
+def test_a_number_reaches_as_far_as_its_interval_or_two_standard_errors() -> None:
+    sample = sample_mean([1.0, 2.0, 3.0, 4.0], "some")
+    low, high = sample.interval
+    assert reach(sample, None) == reach(sample, 0.01) == (low, high)
+    assert reach(sample, 10.0) == (2.5 - 20, 2.5 + 20)
 
 
 # --- answers -----------------------------------------------------------------------
@@ -363,7 +371,7 @@ def test_every_cell_of_table_1_has_its_printed_number(papers_world: Store) -> No
 @pytest.mark.parametrize(("name", "cells"), [("table_2", 14), ("table_3", 36), ("table_4", 21), ("table_5", 12)])
 def test_the_other_tables_are_ordered_as_printed(name: str, cells: int, papers_world: Store) -> None:
     found = answered(papers_world, name)
-    order = ordering(found)
+    order = ordering(found.experiment, found.cells)
     assert order is not None
     assert order[1] == cells  # every printed cell has its own here
     assert order[0] > 0.3  # scores before merging are all alike in this world
@@ -377,7 +385,7 @@ def test_kendall_s_tau_by_counting_pairs(papers_world: Store) -> None:
     untied = len(signs) - sum(n * (n - 1) // 2 for n in ties.values())
     ours = Counter(value for _, value in pairs)
     untied_ours = len(signs) - sum(n * (n - 1) // 2 for n in ours.values())
-    order = ordering(found)
+    order = ordering(found.experiment, found.cells)
     assert order is not None
     assert order[0] == pytest.approx(sum(signs) / np.sqrt(untied * untied_ours))
 
@@ -467,13 +475,23 @@ def test_a_cell_has_the_standard_error_over_its_instances_and_a_table_its_averag
     left = {name: rows for name, rows in found.rows.items() if name != once.evaluation.id}
     claim = next(claim for claim in found.experiment.claims if "GPT2_R: Fisher" in claim.statement)
     part = replace(found, rows=left).judge(claim)  # of one term an instance is missing, the seed is there
-    assert (part.runs, found.judge(claim).runs) == (1, 2)
+    whole = found.judge(claim)
+    assert (part.runs, whole.runs) == (1, 2)
+
+    def kept(method: str, instance: int) -> float:
+        mine = {"policy": f"GPT2_R, {method}", "instance": instance}
+        of = [p for p in found.points if mine.items() <= p.labels.items()]
+        return float(np.mean([np.mean(found.rows[point.evaluation.id][1]) for point in of]))
+
+    differences = [kept("Fisher", instance) - kept("mean", instance) for instance in (0, 1)]
+    assert whole.sample.value == pytest.approx(np.mean(differences))
+    assert whole.error == pytest.approx(stats.sem(differences))
 
     text = write_report([found.experiment], SETTING, store, tmp_path / "report", "").read_text()
     first = next(line for line in text.splitlines() if line.startswith(f"| {AVERAGE} "))
     assert f"{average.estimates['score'].value:.1f} ± {average.errors['score']:.1f} [" in first
     assert "**paper 92.4**" in first  # of GPT2_R, mean: (84.0 + 84.1 + 109.0) / 3
-    assert ordering(found)[1] == 21  # averages have no place of their own in an order
+    assert ordering(found.experiment, found.cells)[1] == 21  # averages have no place of their own in an order
 
 
 def test_over_several_seeds_the_standard_error_is_theirs(tmp_path: Path) -> None:
