@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dt.errors import UserError
+from dt.errors import UserError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,8 +99,16 @@ def opened(path: Path, kind: str, form: str) -> Iterator[tuple[dict[str, str], d
             yield header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValidationError) as error:
         raise UserError(
-            f"{path} is truncated or corrupt ({error}): restore it, or delete it and run the same command again"
+            f"{path} is truncated or corrupt ({reason(error)}): restore it, or delete it and run the same command again"
         ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """With a leading `~` or `~user` as that home folder. Raises UserError when there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder for the path {str(path)!r}: give it without ~") from error
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

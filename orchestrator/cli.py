@@ -1,7 +1,7 @@
 """The command line `mergedt`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table as RichTable
@@ -33,6 +33,9 @@ from orchestrator.experiment import Experiment, Figure, Point, Setting, Table, e
 from orchestrator.profiles import PROFILES
 from orchestrator.recipes import Merge, Quality, Train
 from orchestrator.store import Store
+
+if TYPE_CHECKING:
+    from orchestrator.tables import Tables
 
 app = typer.Typer(
     cls=Courteous,
@@ -161,8 +164,8 @@ def sweep(
                 },
                 evaluation=at.evaluate(_merge(at, target, source, part, weight, seed, quality), target),
             )
-            for part in group
-            for weight in weights
+            for part in dict.fromkeys(group)
+            for weight in dict.fromkeys(weights)
             for seed in at.profile.training_seeds
         ]
 
@@ -259,7 +262,15 @@ def query(
         raise unknown("format", form, FORMS)
     if form == "parquet" and output is None:
         raise UserError("Parquet is binary: name a file with --output rows.parquet")
-    write_rows(Store(results).open_tables().query(sql), form, output)
+    write_rows(_tables_of(Store(results)).query(sql), form, output)
+
+
+def _tables_of(store: Store) -> "Tables":
+    """Raises UserError where there are none: a mistyped place, most likely."""
+    tables = store.open_tables()
+    if not store.tables.is_dir():
+        raise UserError(f"there are no tables in {store.address} yet: check --results, or run an experiment first")
+    return tables
 
 
 @app.command()
@@ -267,8 +278,7 @@ def policies(results: ResultsOption = RESULTS) -> None:
     """The policies there are, with their mean scores."""
     from orchestrator.cli_query import write_rows
 
-    tables = Store(results).open_tables()
-    rows = tables.query(
+    rows = _tables_of(Store(results)).query(
         'SELECT p.policy, p.kind, p.source_tasks, p.quality, p."group", p.alpha, p.method, p.seed, p.steps, '
         "round(avg(s.mean_score), 1) AS score, sum(s.episodes)::BIGINT AS episodes "
         "FROM policies p LEFT JOIN scores s USING (policy) GROUP BY ALL ORDER BY ALL"
@@ -360,6 +370,7 @@ def compact(results: ResultsOption = RESULTS) -> None:
     from orchestrator.declarations import declare_paper
 
     store = Store(results)
+    _tables_of(store)
     with store.lock():
         tables = store.open_tables()
         declare_paper(tables)
@@ -386,6 +397,8 @@ def video(
     """Film a policy, merged or as trained."""
     from orchestrator.cli_work import film
 
+    if output.suffix.lower() != ".webp":
+        raise UserError(f"films are WebP files: {output} should end in .webp")
     setting = Asked(profile=profile, results=results, data=data, seeds=str(seed)).setting
     _check_tasks(target, *([source] if source else []))
     policy = (

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from dt.errors import UserError
 from dt.tasks import get_task
-from orchestrator.cli_options import RESULTS, AddressOption, ResultsOption, console
+from orchestrator.cli_options import RESULTS, AddressOption, ResultsOption, console, log
 from orchestrator.recipes import Quality, Recording
 from orchestrator.store import Store
 
@@ -19,7 +19,7 @@ behaviour = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The p
 TaskOption = Annotated[str, typer.Option("--task", help="halfcheetah, hopper, walker2d, …")]
 QualityOption = Annotated[Quality, typer.Option("--quality")]
 EpisodesOption = Annotated[int, typer.Option("--episodes", help="Episodes of each behaviour policy.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0)]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1)]
 
 
 @data.command()
@@ -65,7 +65,7 @@ def list_(results: ResultsOption = RESULTS) -> None:
     table.caption = f"under {root}; more: mergedt data describe"
     console.print(table)
     for sentence in damaged:
-        console.print(sentence, soft_wrap=True, highlight=False)
+        log.print(sentence, soft_wrap=True, highlight=False)
 
 
 @data.command()
@@ -84,6 +84,8 @@ def describe(
     if (source is None) == (quality is None):
         raise UserError("say which dataset: --quality and --episodes of a recording, or --source of one made elsewhere")
     if source is not None:
+        if episodes is not None:
+            raise UserError("--episodes is of a recording made here: leave it out, all of --source is described")
         from dt.data.description import describe as describe_trajectories
         from dt.data.sources import load_imported
 

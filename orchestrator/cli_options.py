@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 
-from dt.errors import EXIT_STATUS, UserError
+from dt.errors import EXIT_STATUS, UserError, sentence
 from orchestrator.data_choice import RECORDED, choose_data
 from orchestrator.experiment import Experiment, Setting, experiments, get_experiment
 from orchestrator.lifeline import terminable
@@ -26,7 +26,8 @@ _LOG_WIDTH = 160  # of a table in a log or a pipe, where there is no terminal wh
 
 def _console(stderr: bool) -> Console:
     there = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
-    return Console(stderr=stderr, width=None if there else _LOG_WIDTH)
+    # No markup: what is printed may hold brackets of a user's own.
+    return Console(stderr=stderr, width=None if there else _LOG_WIDTH, markup=False, emoji=False)
 
 
 console = _console(stderr=False)
@@ -119,16 +120,6 @@ class Courteous(TyperGroup):
 def _leave(message: str) -> None:
     print(f"mergedt: {message}", file=sys.stderr)
     raise typer.Exit(EXIT_STATUS)
-
-
-def sentence(error: ValidationError) -> str:
-    """The first mistake pydantic found, as one sentence."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    text = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f" ({given!r} given)" if isinstance(given, str | int | float) else ""
-    return f"{where}: {text}{shown}" if where else text
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 from rich.table import Table as RichTable
 
+from dt.errors import UserError
 from dt.files import write_atomically
 from orchestrator.cli_options import console
 
@@ -20,11 +21,18 @@ FORMS = ("table", "csv", "json", "parquet")
 
 
 def write_rows(rows: pa.Table, form: str, output: Path | None) -> None:
-    """Print the rows, or write them to `output`, in one of FORMS."""
+    """Print the rows, or write them to `output`, in one of FORMS. Raises UserError for two columns of one name, or
+    what the form cannot hold."""
+    names = rows.column_names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"two columns are called {twice[0]!r}: give one of them another name with AS")
     if form == "table" and output is None:
         console.print(_rich(rows))
         return
-    content = _bytes(rows, form)
+    try:
+        content = _bytes(rows, form)
+    except pa.ArrowException as error:
+        raise UserError(f"{form} cannot hold these rows ({error}): cast the column to text in the query") from error
     if output is not None:
         write_atomically(output.absolute(), content)
     else:

@@ -221,7 +221,7 @@ def export_policy(prefix: str, store: Store, output: Path) -> None:
         raise UserError(f"there are no policies in {store.address} yet: run an experiment first")
     found = [row for row in rows if row["policy"].startswith(prefix)]
     if not found:
-        raise unknown("policy", prefix, [row["policy"] for row in rows])
+        raise UserError(f"no policy's id begins with {prefix!r}: see `mergedt policies`")
     if len(found) > 1:
         raise UserError(f"{len(found)} policies begin with {prefix!r}: give more of the id")
     recipe = read_policy(found[0]["recipe"])
@@ -280,7 +280,7 @@ def evaluate_file(
 
     policy = load_policy(file)
     table = RichTable("task", "return", "score", "episodes", title=str(file), title_justify="left")
-    chosen = [get_task(name) for name in tasks or policy.heads]
+    chosen = [get_task(name) for name in dict.fromkeys(tasks or policy.heads)]
     if target_return is not None and len(chosen) > 1:
         raise UserError(f"--target-return is one task's: add --task, one of {', '.join(task.name for task in chosen)}")
     goal: float | Literal["best"] = "best" if target_return is None else target_return

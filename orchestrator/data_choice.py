@@ -8,6 +8,7 @@ from string import Formatter
 from typing import Literal, Protocol
 
 from dt.errors import UserError
+from dt.files import expanded
 from dt.tasks import get_task
 from orchestrator.profiles import Profile
 from orchestrator.recipes import Dataset, Imported, Quality, Recording
@@ -65,17 +66,28 @@ class FromTemplate:
 
     def __post_init__(self) -> None:
         try:
-            fields = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
+            parsed = [parts for _, *parts in Formatter().parse(self.template) if parts[0] is not None]
         except ValueError as error:
             raise UserError(f"data {self.template!r} is not a template: {error}") from error
-        if not fields <= {"task", "quality"}:
-            odd = ", ".join(sorted(fields - {"task", "quality"}))
-            raise UserError(f"data {self.template!r} asks for {odd}: a template may name only {{task}} and {{quality}}")
+        fields = {str(name) for name, *_ in parsed}
+        if odd := sorted(fields - {"task", "quality"}):
+            asked = ", ".join(f"{{{name}}}" for name in odd)
+            raise UserError(
+                f"data {self.template!r} asks for {asked}: a template may name only {{task}} and {{quality}}"
+            )
+        if any(form or conversion for _, form, conversion in parsed):
+            raise UserError(
+                f"data {self.template!r} has ':' or '!' within braces: write {{task}} and {{quality}} as they are"
+            )
         known = self.template.startswith(MINARI) or Path(self.template).suffix in SUFFIXES
         if not known:
             raise UserError(
                 f"unknown data {self.template!r}: give '{RECORDED}', 'minari:mujoco/{{task}}/{{quality}}-v0' "
                 "or a path to .hdf5 or .pkl files such as '/data/{task}_{quality}-v2.hdf5'"
+            )
+        if "task" not in fields:
+            raise UserError(
+                f"data {self.template!r} names one file for all tasks: write {{task}} where the task's name stands"
             )
 
     def dataset(self, task: str, quality: Quality, profile: Profile) -> Imported:
@@ -95,7 +107,7 @@ class FromTemplate:
         if self.template.startswith(MINARI):
             whole = len(parts) == 1 or not self.template.startswith(f"{MINARI}mujoco/")  # the hub has no medium-expert
             return AND.join(map(named, [quality] if whole else parts)).replace(MINARI, "")
-        paths = {word: Path(named(word)).expanduser().absolute() for word in (quality, "_".join(parts), *parts)}
+        paths = {word: expanded(named(word)).absolute() for word in (quality, "_".join(parts), *parts)}
         if found := [path for word, path in paths.items() if word not in parts and path.is_file()]:
             return str(found[0])
         together = [paths[part] for part in parts]

@@ -93,7 +93,10 @@ def place_of(results: str | Path) -> Place:
     """A folder, or what has the form of an address. Raises UserError for an address that cannot hold results."""
     address = _address(results)
     if address is None:
-        return Folder(Path(results).absolute())  # workers run in another folder
+        folder = Path(results).absolute()  # workers run in another folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"results live in a folder, and {folder} is a file: give another --results")
+        return Folder(folder)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mergedt")
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", address.partition("?")[0])
     return Mirror(address, Path(os.environ.get(VARIABLE) or cache).absolute() / name)

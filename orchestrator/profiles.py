@@ -64,8 +64,8 @@ class Profile(Frozen):
     @field_validator("training_seeds", "sweep_seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ValueError("training seeds must be different and not negative")
+        if min(seeds) < 0 or max(seeds) >= 2**32 or len(set(seeds)) < len(seeds):
+            raise ValueError("training seeds must be different and not negative, and below 2**32")
         return seeds
 
     @field_validator("alphas")

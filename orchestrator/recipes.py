@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from dt.errors import UserError
 from dt.frozen import Frozen
@@ -408,9 +408,13 @@ def read_policy(canonical_json: str) -> AnyPolicy:
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in pairs if name != "revision"}
 
-    recipe = _POLICY.validate_python(json.loads(canonical_json, object_pairs_hook=plain))
+    other = UserError("the recipe was written by another version of mergedt: run its experiment again")
+    try:
+        recipe = _POLICY.validate_python(json.loads(canonical_json, object_pairs_hook=plain))
+    except ValidationError as error:
+        raise other from error
     if recipe.canonical_json() != canonical_json:
-        raise UserError("the recipe was written by another version of mergedt: run its experiment again")
+        raise other
     return recipe
 
 

@@ -20,7 +20,7 @@ from dt.model.policy import Policy
 from dt.tasks import get_task
 from dt.training.auxiliaries import CosineToClusters, CoTraining, DistanceToStart
 from dt.training.loop import TrainingState, run
-from dt.training.objective import Auxiliary, train
+from dt.training.objective import Auxiliary, fine_tune, train
 from dt.training.optimisation import Optimisation
 
 TASKS = [get_task("hopper"), get_task("walker2d")]
@@ -172,6 +172,24 @@ def test_a_run_with_all_three_resumes_bit_for_bit(tasks: list[str], tmp_path: Pa
     assert all(np.array_equal(array, expected[name]) for name, array in resumed.result().arrays().items())
     *_, without = run(training(tasks, text=0), log_every=3)
     assert not np.array_equal(without.result().arrays()["trunk.h.0.ln_1.weight"], expected["trunk.h.0.ln_1.weight"])
+
+
+def test_fine_tuning_takes_them_too() -> None:
+    """The distance to where it starts, as for Table V: the heavier it weighs, the less the trunk moves."""
+    start, moved = train(DATA, SMALL, QUICK, 0).result().alone("hopper"), []
+    for strength in (0.0, 1e3):
+        distance = [DistanceToStart(SMALL, start.trunk, strength, "norm")] if strength else []
+        state = fine_tune(start, {"hopper": DATA["hopper"]}, QUICK, 1, auxiliaries=distance)
+        state.advance(QUICK.steps)
+        assert ("distance" in state.metrics) == (strength > 0)
+        trunk = state.result().trunk
+        moved.append(sum(float((trunk[n] - t).square().sum()) for n, t in start.trunk.items() if n.startswith("h.")))
+    assert moved[1] < 0.9 * moved[0]
+
+
+def test_time_steps_of_another_shape_are_refused() -> None:
+    with pytest.raises(UserError, match=r"time steps to begin with are \(1, 16\): hopper wants 1000 of 16"):
+        train({"hopper": DATA["hopper"]}, SMALL, QUICK, 0, timesteps=torch.zeros(1, 16))
 
 
 class Quiet(torch.nn.Module):

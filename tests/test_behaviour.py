@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import gymnasium
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import dt.behaviour
 from dt.behaviour.policy import BehaviourPolicy, load_behaviour_policy, shipped_policies
@@ -28,11 +31,20 @@ from dt.behaviour.record import (
     recording_path,
     write_recording,
 )
-from dt.behaviour.train import Checkpoint, Settings, main, select, train, weights_of, write_policy
+from dt.behaviour.train import (
+    Checkpoint,
+    Settings,
+    select,
+    train,
+    train_behaviour_policies,
+    weights_of,
+    write_policy,
+)
 from dt.data.trajectories import Trajectories, concatenate
 from dt.errors import UserError
 from dt.files import explained
 from dt.tasks import get_task
+from orchestrator.cli import app
 from orchestrator.recipes import Recording
 
 SHIPPED = [(task, quality) for task in ("halfcheetah", "hopper", "walker2d") for quality in ("expert", "medium")]
@@ -310,17 +322,38 @@ def test_a_written_policy_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert policy.provenance["versions"] == versions
 
 
-def test_training_without_sbx_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sbx", None)
+def test_training_without_sbx_names_what_to_install_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sbx", None)
     with pytest.raises(UserError, match=r"pip install 'mergedt\[behaviour\]'"):
-        next(train(get_task("hopper"), Settings()))
+        train(get_task("hopper"), Settings())
+    with pytest.raises(UserError, match=r"pip install 'mergedt\[behaviour\]'"):
+        train_behaviour_policies(get_task("hopper"), 1422, tmp_path / "hopper")
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_is_wrong_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["hoper", "--medium-return", "1422"])
-    assert stopped.value.code == 2
-    assert "unknown task 'hoper': did you mean 'hopper'?" in capsys.readouterr().err
+def test_a_place_that_is_no_folder_is_told_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untrained:
+        num_timesteps = 0
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def learn(self, *_: object, **__: object) -> None:
+            pytest.fail("it trains")
+
+    monkeypatch.setitem(sys.modules, "sbx", types.SimpleNamespace(SAC=Untrained))
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"cannot write .*{place}: a file stands where a folder is needed"):
+            train_behaviour_policies(get_task("hopper"), 1422, tmp_path / place)
+
+
+def test_the_command_says_what_is_wrong_and_exits_with_2(tmp_path: Path) -> None:
+    arguments = ["behaviour", "train", "--task", "hoper", "--medium-return", "1422", "-o", str(tmp_path / "hopper")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "unknown task 'hoper': did you mean 'hopper'?" in done.stderr
 
 
 @pytest.mark.parametrize("algorithm", ["SAC", "TQC"])

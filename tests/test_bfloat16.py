@@ -15,6 +15,8 @@ from dt.bfloat16 import ByWayOfFloat32, products_in
 from dt.model.architecture import Architecture
 from dt.rollout.evaluate import evaluate
 from dt.tasks import get_task
+from dt.training.harmodt import train_harmodt
+from dt.training.harmony import Harmony
 from dt.training.loop import TrainingState
 from dt.training.objective import train
 from dt.training.optimisation import Optimisation
@@ -56,6 +58,14 @@ def state(heads: int, seed: int = 0) -> TrainingState[Any]:
     return train({HOPPER.name: noise(HOPPER.name)}, architecture, optimisation, seed)
 
 
+def masked(heads: int) -> TrainingState[Any]:
+    """HarmoDT of two robots, with a swap of masks after two steps."""
+    architecture = Architecture(width=32, layers=2, heads=heads, context=4)
+    optimisation = Optimisation(steps=6, batch_size=8, warmup_steps=2, dropout=0.0, precision="bfloat16")
+    data = {name: noise(name) for name in ("hopper", "walker2d")}
+    return train_harmodt(data, architecture, optimisation, Harmony(interval=2), 0)
+
+
 @pytest.mark.parametrize(
     ("product", "shapes"),
     [
@@ -92,6 +102,7 @@ def test_no_product_of_training_goes_another_way(heads: int) -> None:
     with Products() as products:
         state(heads).advance(2)
         Crowd([state(heads, seed) for seed in (0, 1)]).advance(2)
+        masked(heads).advance(3)
     assert set(products.seen) == {torch.float32}
 
 

@@ -25,6 +25,7 @@ from orchestrator.store import Store
 from orchestrator.tables import SPECS
 
 ROOT = Path(__file__).parents[1]
+COMMITTED = str(ROOT / "results")
 Done = subprocess.CompletedProcess[str]
 ENVIRONMENT = {**os.environ, "COLUMNS": "200", "RAY_ADDRESS": ""}
 
@@ -82,11 +83,16 @@ MISTAKES = {
         ("data", "record", "--task", "hopper", "--quality", "expert", "--episodes", "0"),
         "at least one episode",
     ),
-    "column": (("query", "select scor from episodes"), "score"),
-    "table": (("query", "select * from episode"), "episodes"),
-    "two statements": (("query", "select 1; select 2"), "one SELECT"),
-    "a write": (("query", "drop table episodes"), "one SELECT"),
-    "a file": (("query", "select * from read_csv('/etc/hostname')"), "mergedt: "),
+    "column": (("query", "select scor from episodes", "--results", COMMITTED), "score"),
+    "table": (("query", "select * from episode", "--results", COMMITTED), "episodes"),
+    "two statements": (("query", "select 1; select 2", "--results", COMMITTED), "one SELECT"),
+    "a write": (("query", "drop table episodes", "--results", COMMITTED), "one SELECT"),
+    "a file": (("query", "select * from read_csv('/etc/hostname')", "--results", COMMITTED), "disabled"),
+    "two columns of a name": (("query", "select 1 as a, 2 as a", "--results", COMMITTED), "two columns are called 'a'"),
+    "no such column of CSV": (
+        ("query", "select interval 1 day as a", "--format", "csv", "--results", COMMITTED),
+        "csv cannot hold these rows",
+    ),
     "format": (("query", "select 1", "--format", "jsn"), "did you mean 'json'"),
     "parquet to a terminal": (("query", "select 1", "--format", "parquet"), "--output"),
     "nothing recorded": (
@@ -106,6 +112,15 @@ MISTAKES = {
     "trials": (("search", "regularisation", "--trials", "0"), "--trials"),
     "no policies yet": (("export", "abc", "--output", "x.safetensors"), "no policies"),
     "no such file": (("evaluate", "no.safetensors"), "no policy at no.safetensors"),
+    "no tables to ask": (("query", "select count(*) from scores"), "there are no tables in"),
+    "no tables to compact": (("compact",), "there are no tables in"),
+    "results in a file": (("plan", "figure_3", "--results", "README.md"), "README.md is a file"),
+    "another kind of film": (("video", "--target", "hopper", "--output", "x.gif"), "should end in .webp"),
+    "seeds too large": (("plan", "figure_3", "--seeds", str(10**20)), "below 2**32"),
+    "episodes of others": (
+        ("data", "describe", "--task", "hopper", "--source", "no.pkl", "--episodes", "3"),
+        "--episodes is of a recording",
+    ),
     "no original": (
         ("convert", "no.pt", "--task", "hopper", "--source", "no.hdf5", "--output", "x.safetensors"),
         "no.hdf5",
@@ -119,6 +134,13 @@ MISTAKES = {
     "no text": (("plan", "table_3", "--text", "no/folder"), "no/folder"),
 }
 WITHOUT_RESULTS = ("rum", "evaluate")
+
+
+def test_brackets_are_printed_as_they_are() -> None:
+    done = CliRunner().invoke(app, ["query", "select '[/x]' as a, '[red]y' as b", "--results", COMMITTED])
+    assert done.exit_code == 0, done.output
+    assert "[/x]" in done.stdout
+    assert "[red]y" in done.stdout
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

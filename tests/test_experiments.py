@@ -223,12 +223,24 @@ def write_pickle(path: Path, data: Trajectories) -> None:
         ("recored", "unknown data 'recored'"),
         ("/data/{robot}-{quality}.hdf5", "may name only"),
         ("/data/{task-{quality}.hdf5", "not a template"),
+        ("/data/{}.hdf5", r"asks for \{\}: a template may name only"),
         ("/data/{task}.zip", "minari:mujoco"),
+        ("/data/{task:d}.pkl", "has ':' or '!' within braces"),
+        ("/data/{task:{quality}}.pkl", "has ':' or '!' within braces"),
+        ("/data/{task!x}.pkl", "has ':' or '!' within braces"),
+        ("/data/hopper-{quality}.pkl", r"names one file for all tasks: write \{task\} where"),
+        ("minari:mujoco/hopper/expert-v0", r"names one file for all tasks: write \{task\} where"),
     ],
 )
 def test_wrong_data_options_say_what_exists(option: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         choose_data(option)
+
+
+def test_a_template_may_leave_out_the_quality_but_not_name_a_home_that_is_not_there() -> None:
+    assert choose_data("/data/{task}.pkl").name == "data-task-pkl"
+    with pytest.raises(UserError, match=r"no home folder for the path '~nosuch/hopper\.pkl'"):
+        choose_data("~nosuch/{task}.pkl").dataset("hopper", "expert", ONE_SEED.profile)
 
 
 def test_a_missing_file_is_named_at_planning() -> None:
@@ -245,6 +257,7 @@ def test_a_missing_file_is_named_at_planning() -> None:
         (lambda: ONE_SEED.expert("hoper", 0), "hopper"),
         (lambda: select(points("figure_3"), {"alfa": 0.5}), "'alfa'"),
         (lambda: get_profile("smoke").with_seeds([]), "at least one"),
+        (lambda: get_profile("§"), r"^unknown profile '§': valid are \w+, "),
     ],
 )
 def test_mistakes_name_what_is_valid(call: object, says: str) -> None:

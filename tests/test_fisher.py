@@ -233,6 +233,7 @@ def test_mistakes_are_named() -> None:
     for call, sentence in [
         (lambda: of_hopper("exakt"), r"unknown Fisher variant 'exakt': did you mean 'exact'"),
         (lambda: estimate(HOPPER, {}, **settings), r"name at least one task's"),
+        (lambda: of_hopper(batches=0), r"0 batches of"),
         (lambda: estimate(HOPPER, {"walker2d": noise("walker2d")}, **settings), r"no head for walker2d"),
         (lambda: estimate(HOPPER, {"hopper": noise("walker2d")}, **settings), r"hopper"),
         (lambda: of_hopper(policy=apart), r"trunk parameters or masks of their own"),

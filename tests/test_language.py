@@ -70,6 +70,8 @@ def test_a_folder_gives_its_text_files_in_order_or_says_what_is_wrong(tmp_path: 
     assert read_corpus(str(tmp_path)).documents == ("first", "second " * MINIMUM, "third")
     with pytest.raises(UserError, match=r"no folder of text .*nowhere: give 'docstrings', a folder"):
         read_corpus(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no home folder for the path '~nosuch/text'"):
+        read_corpus("~nosuch/text")
     with pytest.raises(UserError, match=f"gives 5 characters, but at least {MINIMUM}"):
         read_corpus(str(tmp_path), 5)
     (tmp_path / "empty").mkdir()
@@ -96,7 +98,17 @@ def test_a_data_set_of_the_hub_is_its_text_column(tmp_path: Path, monkeypatch: p
     assert [document.count("\n") for document in corpus.documents] == [100, 100]
     with pytest.raises(UserError, match=r"'other' has no train\*\.parquet"):
         read_corpus("hf:Someone/texts/other")
-    pq.write_table(pa.table({"words": ["a"]}), tmp_path / "raw" / "train-00000-of-00001.parquet")
+    pq.write_table(pa.table({"text": ["first\n", None, "last " * MINIMUM]}), tmp_path / "raw" / "train-0.parquet")
+    (tmp_path / "raw" / "train-00000-of-00001.parquet").unlink()
+    assert read_corpus("hf:Someone/texts/raw").documents == ("first\n" + "last " * MINIMUM,)
+    for content in (b"", b"PAR1 and no more", (tmp_path / "raw" / "train-0.parquet").read_bytes()[:-9]):
+        (tmp_path / "raw" / "train-0.parquet").write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read the text in .*train-0\.parquet \(.+\): delete it"):
+            read_corpus("hf:Someone/texts/raw")
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "raw" / "train-0.parquet")
+    with pytest.raises(UserError, match="cannot read the text in"):
+        read_corpus("hf:Someone/texts/raw")
+    pq.write_table(pa.table({"words": ["a"]}), tmp_path / "raw" / "train-0.parquet")
     with pytest.raises(UserError, match="has no column 'text', only words"):
         read_corpus("hf:Someone/texts/raw")
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
@@ -192,9 +204,29 @@ def test_a_hugging_face_folder_is_taken_over_unchanged_and_computes_the_same(tmp
     (tmp_path / "model.safetensors").unlink()
     again = from_hugging_face(str(tmp_path), clusters=7)
     assert torch.equal(LanguageNetwork.from_model(again).eval()(tokens), network(tokens))
-    torch.save({"wte.weight": Path()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="truncated or hold more than tensors"):
-        from_hugging_face(str(tmp_path))
+    for content in ({"wte.weight": Path()}, {"model": gpt2.transformer.state_dict()}, [torch.zeros(2)], {1: 2}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match="truncated or hold more than tensors"):
+            from_hugging_face(str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said_in_a_sentence(tmp_path: Path) -> None:
+    oracle().save_pretrained(tmp_path)
+    assert from_hugging_face(str(tmp_path), clusters=0).tokenizer == ""
+    for vocabulary, merges in [("[]", ""), ("{}", "x"), ('{"a": 0}', "#version: 0.2\na b\n"), ("{", "")]:
+        (tmp_path / "vocab.json").write_text(vocabulary)
+        (tmp_path / "merges.txt").write_text(merges)
+        assert_said(tmp_path)
+    for content in (b"\xff\xfe", b"garbage", b"[]", b"{}", b""):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        assert_said(tmp_path)
+
+
+def assert_said(folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        from_hugging_face(str(folder), clusters=0)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"the tokenizer in {folder} cannot be read (")
 
 
 def test_what_is_no_gpt2_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,8 +240,15 @@ def test_what_is_no_gpt2_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: p
         ({}, r"neither model\.safetensors nor pytorch_model\.bin"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence) as error:
             from_hugging_face(str(tmp_path))
+        assert "\n" not in str(error.value)
+    for content in ("[]", "null", '"gpt2"', "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"cannot read .*config\.json as a GPT-2's configuration \("):
+            from_hugging_face(str(tmp_path))
+    with pytest.raises(UserError, match="no home folder for the path '~nosuch/gpt2'"):
+        from_hugging_face("~nosuch/gpt2")
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"cannot get the model 'gpt2' .*\(no route to the hub\): check its name"):
         from_hugging_face("gpt2")
@@ -228,6 +267,9 @@ def test_a_language_model_survives_saving_and_damage_is_named(tmp_path: Path) ->
         load_language_model(path)
     path.write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match="truncated or corrupt"):
+        load_language_model(path)
+    save_language_model(model, path, {"architecture": '{"width": 16, "heads": 3}'})
+    with pytest.raises(UserError, match=r"corrupt \(width 16 is not a multiple of heads 3\): restore"):
         load_language_model(path)
     with pytest.raises(UserError, match="no language model at"):
         load_language_model(tmp_path / "nowhere")

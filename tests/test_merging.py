@@ -1,6 +1,7 @@
 """Merging against formulas in float64 NumPy, and what must never change."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -300,6 +301,7 @@ def test_removed_attention_leaves_the_residual_stream_alone(three: list[Policy])
 
 def test_mistakes_are_named(three: list[Policy]) -> None:
     pair, weights = three[:2], {name: torch.zeros_like(tensor) for name, tensor in three[0].trunk.items()}
+    both = assemble({one: policy(one, seed) for seed, one in enumerate(("hopper", "walker2d"))}, None)
     for call, sentence in [
         (lambda: merge(pair, "atention", 0.5), r"unknown group 'atention': did you mean 'attention'"),
         (lambda: merge(pair, "attention", 1.5), r"alpha must lie in \[0, 1\], 1.5 given"),
@@ -315,6 +317,12 @@ def test_mistakes_are_named(three: list[Policy]) -> None:
         (lambda: merge(pair, "mlp", fisher=[weights, {n: t / 0 for n, t in weights.items()}]), r"finite numbers"),
         (lambda: perturb(pair[0], "attention", "shuffled"), r"unknown perturbation 'shuffled'"),
         (lambda: perturb(pair[0], "layernorm", "removed"), r"only attention and mlp"),
+        (lambda: perturb(both, "attention", "random"), r"masks of single tasks: take one"),
+        (lambda: replace(both, trunk={**both.trunk, **both.specific["hopper"]}), r"both shared and hopper's own"),
+        (
+            lambda: replace(pair[0], masks={"hopper": {"odd": torch.ones(2)}}),
+            r"trunk parameter 'odd'",
+        ),
     ]:
         with pytest.raises(UserError, match=sentence):
             call()

@@ -55,7 +55,7 @@ def joint() -> Policy:
 
 
 def test_all_heads_of_a_joint_policy_train(joint: Policy) -> None:
-    """In the original the heads of all tasks but the last stay at their initialisation (facts B1)."""
+    """In the original the heads of all tasks but the last stay at their initialisation."""
     start = train(DATA, SMALL, QUICK, 0).result()
     assert moved(start.trunk, joint.trunk) == set(joint.trunk)
     for task in TASKS:

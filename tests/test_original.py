@@ -287,6 +287,9 @@ def test_models_that_act_otherwise_are_said(model: OriginalDecisionTransformer, 
     model.transformer.config.activation_function = "geglu"
     sentence(save_original(model, path), "activation is geglu")
     model.transformer.config.activation_function = "gelu_new"
+    model.transformer.config.n_head = 3
+    sentence(save_original(model, path), "(width 8 is not a multiple of heads 3)")
+    model.transformer.config.n_head = 2
     model.predict_action = None  # --share_input_output_proj
     sentence(save_original(model, path), "no predict_action.0.weight")
     model.embed_returns = [nn.Linear(1, WIDTH)] * 3

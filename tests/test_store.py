@@ -178,7 +178,7 @@ def test_a_really_full_disk(tmp_path):
 
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "results").write_text("")
-    with pytest.raises(UserError, match="a file stands where a folder is needed"), Store(tmp_path / "results").lock():
+    with pytest.raises(UserError, match="results is a file"), Store(tmp_path / "results").lock():
         pass
 
 

@@ -97,6 +97,10 @@ def test_dropout_differs_between_policies() -> None:
     apart = runs(WET)
     Crowd(apart).advance(3)
     assert not torch.equal(apart[0].random[0], apart[1].random[0])  # each goes on with masks of its own
+    again = runs(WET)  # of the same parameters, but drawing other masks
+    again[1].random = [torch.Generator().manual_seed(5).get_state()]
+    Crowd(again).advance(3)
+    assert not same(again[0].result(), apart[0].result())
     dry = [runs()[0] for _ in range(2)]
     Crowd(dry).advance(3)
     assert_close(dry[0].result(), dry[1].result())

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dt.behaviour.record import record_chunk
 from dt.data.trajectories import Trajectories
@@ -151,6 +153,24 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(data: Trajectories, 
         next(steps_of(training(data), resume=path))
     with pytest.raises(UserError):
         train({"walker2d": data}, SMALL, QUICK, 0)
+
+
+def test_a_refused_state_changes_nothing_and_the_last_step_is_the_last(data: Trajectories, tmp_path: Path) -> None:
+    path, run = tmp_path / "state.safetensors", training(data)
+    run.advance(5)
+    run.save(path)
+    tensors, header = load_file(path), safe_open(path, framework="pt").metadata()
+    gone = next(name for name in tensors if name.startswith("module."))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path, header)
+    fresh = training(data)
+    with pytest.raises(UserError, match="another version"):
+        fresh.load(path)
+    for state in (run, fresh):
+        state.advance(1_000)
+        assert (state.step, state.done) == (QUICK.steps, True)
+        state.advance(1)
+        assert state.step == QUICK.steps
+    assert all(np.array_equal(a, b) for a, b in zip(*(s.result().arrays().values() for s in (run, fresh)), strict=True))
 
 
 def test_freed_memory_is_kept() -> None:

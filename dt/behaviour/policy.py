@@ -52,7 +52,7 @@ def load_behaviour_policy(task: str, quality: str) -> BehaviourPolicy:
     if task not in {name for name, _ in available}:
         raise UserError(
             f"no behaviour policy is shipped for {task!r} (shipped: {', '.join(sorted({n for n, _ in available}))}): "
-            "import a dataset for it, or train a policy with `dt.behaviour.train`"
+            "import a dataset for it, or train a policy with `mergedt behaviour train`"
         )
     if (task, quality) not in available:
         raise unknown("quality", quality, [known for name, known in available if name == task])

@@ -1,20 +1,19 @@
 """Training behaviour policies for an environment that has none, with the settings the shipped ones were trained with.
 
     pip install 'mergedt[behaviour]'
-    python -m dt.behaviour.train hopper --medium-return 1422 --steps 400000
+    mergedt behaviour train --task hopper --medium-return 1422 --steps 400000 -o hopper
 
 Soft Actor-Critic (Haarnoja et al. 2018) or TQC (Kuznetsov et al. 2020), from `sbx-rl`. `medium` is the checkpoint whose
 return is nearest to the one asked for, `expert` the last good one. Both are written anew after every checkpoint, so a
 run may be stopped at any time.
 """
 
-import argparse
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import gymnasium
@@ -25,9 +24,10 @@ from safetensors.numpy import save
 from dt.behaviour.policy import LAYERS, BehaviourPolicy
 from dt.behaviour.record import play
 from dt.errors import UserError
+from dt.files import explained, write_atomically
 from dt.rollout.physics import make_environment
 from dt.scores import normalised_score
-from dt.tasks import Task, get_task
+from dt.tasks import Task
 
 Float32 = npt.NDArray[np.float32]
 
@@ -74,21 +74,30 @@ def train_behaviour_policies(
     """Train, and write `{task}-medium` and `{task}-expert` (.safetensors and .json) into `folder` at each checkpoint.
 
     Each checkpoint is then reported. Copied into `dt/behaviour/` the files are found by name. Raises UserError when
-    `sbx-rl` is not installed, or when the environment's actions do not range over [−1, 1], which is all that the
-    policies can act.
+    `sbx-rl` is not installed, when the environment's actions do not range over [−1, 1], which is all that the policies
+    can act, or when the folder cannot be written.
     """
     settings = settings or Settings()
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = train(task, settings)
+    _ensure_writable(folder)
     so_far: list[Checkpoint] = []
-    for checkpoint in train(task, settings):
+    for checkpoint in checkpoints:
         so_far.append(checkpoint)
         for quality, chosen in select(so_far, medium_return).items():
             write_policy(folder, task, quality, chosen, settings)
         report(checkpoint)
 
 
+def _ensure_writable(folder: Path) -> None:
+    """Make the folder and a file in it, which vanishes: said before the hours of training, not after."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+
+
 def train(task: Task, settings: Settings) -> Iterator[Checkpoint]:
-    """Yield a checkpoint every so many steps. Raises UserError as above."""
+    """A checkpoint every so many steps. Raises UserError as above, at once and not at the first checkpoint."""
     try:
         import sbx  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
@@ -108,6 +117,10 @@ def train(task: Task, settings: Settings) -> Iterator[Checkpoint]:
         seed=settings.seed,
         **({"top_quantiles_to_drop_per_net": settings.quantiles_dropped} if settings.algorithm == "TQC" else {}),
     )
+    return _checkpoints(model, task, settings)
+
+
+def _checkpoints(model: Any, task: Task, settings: Settings) -> Iterator[Checkpoint]:
     while model.num_timesteps < settings.steps:
         model.learn(settings.checkpoint_every, reset_num_timesteps=False)
         weights = weights_of(model.policy.actor_state.params)
@@ -178,9 +191,7 @@ def write_policy(folder: Path, task: Task, quality: str, checkpoint: Checkpoint,
         "json": json.dumps(provenance, indent=1).encode(),
     }
     for suffix, content in contents.items():
-        temporary = folder / f".{task.name}-{quality}.{suffix}.{os.getpid()}"
-        temporary.write_bytes(content)
-        temporary.replace(folder / f"{task.name}-{quality}.{suffix}")
+        write_atomically(folder / f"{task.name}-{quality}.{suffix}", content)
 
 
 def show_progress(checkpoint: Checkpoint) -> None:
@@ -188,25 +199,3 @@ def show_progress(checkpoint: Checkpoint) -> None:
     print(
         f"{checkpoint.steps} steps: return {numbers['mean_return']} ± {numbers['std_return']}, score {numbers['score']}"
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    defaults = Settings()
-    parser = argparse.ArgumentParser(prog="python -m dt.behaviour.train", description="Train behaviour policies.")
-    parser.add_argument("task")
-    parser.add_argument("--medium-return", type=float, required=True, help="what `medium` should reach")
-    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where the policies are written (here)")
-    parser.add_argument("--algorithm", choices=["SAC", "TQC"], default=defaults.algorithm)
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="environment steps")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    given = parser.parse_args(arguments)
-    settings = Settings(algorithm=given.algorithm, steps=given.steps, seed=given.seed)
-    try:
-        train_behaviour_policies(get_task(given.task), given.medium_return, given.folder, settings, show_progress)
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()

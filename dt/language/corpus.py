@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-from dt.errors import UserError
+from dt.errors import UserError, reason
+from dt.files import expanded
 from dt.language.hub import downloaded
 
 DOCSTRINGS = "docstrings"
@@ -57,7 +58,7 @@ def read_corpus(source: str, characters: int = DEFAULT_CHARACTERS) -> Corpus:
     elif source.startswith("hf:"):
         documents = _hugging_face(source.removeprefix("hf:"))
     else:
-        documents = _folder(Path(source).expanduser())
+        documents = _folder(expanded(source))
     corpus = Corpus(tuple(_first(characters, documents)))
     if corpus.characters < MINIMUM:
         raise UserError(
@@ -132,15 +133,28 @@ def _hugging_face(name: str) -> Iterator[str]:
 
 
 def read_parquet(folder: Path) -> Iterator[str]:
-    """Column `text` of `train*.parquet`, a string per row group. Raises UserError when there is none."""
-    import pyarrow.parquet as pq  # heavy, and seldom needed
-
+    """Column `text` of `train*.parquet`, a string per row group. Raises UserError when it is missing or damaged."""
     paths = sorted(folder.glob("train*.parquet"))
     if not paths:
         raise UserError(f"{folder.name!r} has no train*.parquet in that data set: check the configuration's name")
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
-            for group in range(file.num_row_groups):
-                yield "".join(file.read_row_group(group, columns=["text"]).column("text").to_pylist())
+        try:
+            yield from _row_groups(path)
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow raises many kinds
+            raise UserError(
+                f"cannot read the text in {path} ({reason(error)}): delete it and run the same command again"
+            ) from error
+
+
+def _row_groups(path: Path) -> Iterator[str]:
+    """The texts of each row group, joined; a row without one adds nothing."""
+    import pyarrow.parquet as pq  # heavy, and seldom needed
+
+    with pq.ParquetFile(path) as file:
+        if "text" not in file.schema_arrow.names:
+            raise UserError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            yield "".join(text for text in rows if text is not None)

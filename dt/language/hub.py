@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from dt.errors import UserError
+from dt.errors import UserError, reason
 
 
 def downloaded(identifier: str, kind: Literal["model", "dataset"], patterns: Sequence[str], otherwise: str) -> Path:
@@ -17,8 +17,7 @@ def downloaded(identifier: str, kind: Literal["model", "dataset"], patterns: Seq
     try:
         return Path(snapshot_download(identifier, repo_type=kind, allow_patterns=list(patterns)))
     except Exception as error:  # the client raises its HTTP library's errors, its own, OSError and ValueError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot get the {kind} {identifier!r} from the Hugging Face hub ({reason}): "
+            f"cannot get the {kind} {identifier!r} from the Hugging Face hub ({reason(error)}): "
             f"check its name and the network, or {otherwise}"
         ) from error

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dt.errors import UserError
-from dt.files import opened, under, write_atomically
+from dt.errors import UserError, reason
+from dt.files import expanded, opened, under, write_atomically
 from dt.language.clusters import CLUSTERS, cluster_centres
 from dt.language.hub import downloaded
 from dt.model.architecture import Activation, Architecture
@@ -70,7 +70,7 @@ class LanguageModel:
         """The first rows of the position table (rows, d), for a policy's time steps.
 
         A table that is too short continues with its rows from the third on, again and again (the original's
-        `--extend_positions`). Differs from the original: the last row is filled, too (facts, B20).
+        `--extend_positions`). Differs from the original: the last row is filled, too.
         """
         table = self.position_embedding
         if len(table) < min(rows, 3):
@@ -181,7 +181,7 @@ def from_hugging_face(folder_or_id: str, clusters: int = CLUSTERS) -> LanguageMo
     `pytorch_model.bin`, tensors only) and, if there, `tokenizer.json` or `vocab.json` with `merges.txt`. Raises
     UserError when it cannot be fetched or read, or is no GPT-2.
     """
-    folder = Path(folder_or_id).expanduser()
+    folder = expanded(folder_or_id)
     if not folder.is_dir():
         otherwise = "give an existing folder that holds it"
         wanted = ("config.json", "model.safetensors", *_TOKENIZER_FILES)
@@ -205,6 +205,8 @@ def from_hugging_face(folder_or_id: str, clusters: int = CLUSTERS) -> LanguageMo
 def _architecture(path: Path) -> Architecture:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no names with values")
         kind, inner = config.get("model_type"), config.get("n_inner")
         activation = config.get("activation_function", "gelu_new")
         if kind != "gpt2":
@@ -222,8 +224,10 @@ def _architecture(path: Path) -> Architecture:
             heads=config["n_head"],
             activation=_ACTIVATIONS[activation],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path} as a GPT-2's configuration ({error}): give a folder with one") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"cannot read {path} as a GPT-2's configuration ({reason(error)}): give a folder with one"
+        ) from error
 
 
 def _state_dict(folder: Path) -> dict[str, Tensor]:
@@ -236,15 +240,23 @@ def _state_dict(folder: Path) -> dict[str, Tensor]:
         if safe.is_file():
             return load_file(safe)
         state: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
+            raise TypeError("not named tensors")
         return state
     except Exception as error:  # zip, unpickler and safetensors each raise their own
         raise UserError(f"the weights in {folder} are truncated or hold more than tensors: fetch them again") from error
 
 
 def _tokenizer(folder: Path) -> str:
+    """Its JSON; empty when there is none. One that only co-training would refuse (without an end of text) is kept."""
     whole, vocabulary, merges = (folder / name for name in _TOKENIZER_FILES)
-    if whole.is_file():
-        return whole.read_text(encoding="utf-8")
-    if vocabulary.is_file() and merges.is_file():
-        return str(ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str())
+    try:
+        if whole.is_file():
+            text = whole.read_text(encoding="utf-8")
+            Tokenizer.from_str(text)  # that it can be read
+            return text
+        if vocabulary.is_file() and merges.is_file():
+            return str(ByteLevelBPETokenizer(str(vocabulary), str(merges)).to_str())
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"the tokenizer in {folder} cannot be read ({reason(error)}): fetch it again") from error
     return ""

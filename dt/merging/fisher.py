@@ -52,12 +52,15 @@ def estimate(
     N(μ, 1), so the same expectation of the square, with less noise. The sum itself would take K·A times as long.
 
     Differs from the original: no dropout, seeded, and the final layer norm has a Fisher, too. Raises UserError for no
-    data, data of another shape than its task's, a task without a head, or tasks that do not share one trunk.
+    data, no batches or windows, data of another shape than its task's, a task without a head, or tasks that do not
+    share one trunk.
     """
     if variant not in get_args(Variant):
         raise unknown("Fisher variant", variant, get_args(Variant))
     if not data:
         raise UserError("a Fisher is estimated on data: name at least one task's")
+    if batches < 1 or batch_size < 1:
+        raise UserError(f"a Fisher is estimated on windows: {batches} batches of {batch_size} windows are none")
     model = DecisionTransformer.from_policy(policy).eval().requires_grad_(False).to(device)
     fishers = []
     for name, trajectories in data.items():

@@ -169,7 +169,12 @@ def perturb(policy: Policy, group: str, how: str, seed: int = 0) -> Policy:
     random: those of a freshly initialised trunk, one draw fixed by `seed` for all policies of an architecture;
     identity: all-ones weights and zero biases (the paper's word; ones, not an identity matrix);
     removed: the sub-layer adds nothing to the residual stream, which zero output projections do exactly.
+
+    Raises UserError on an unknown group or perturbation, a group that cannot be removed, or a policy whose tasks have
+    trunk parameters or masks of their own.
     """
+    if not policy.plain:
+        raise UserError("cannot perturb a policy with trunk parameters or masks of single tasks: take one of its tasks")
     try:
         replacement = _REPLACEMENTS[how]
     except KeyError:
@@ -184,7 +189,7 @@ def with_trunk(policy: Policy, changed: Mapping[str, Tensor]) -> Policy:
 
 def _random(policy: Policy, names: Sequence[str], seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not the GPUs'
         fresh = Trunk(policy.architecture).state_dict()
     return {name: fresh[name] for name in names}
 

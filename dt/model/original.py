@@ -1,4 +1,4 @@
-"""Checkpoints of the original code, whole modules pickled by `torch.save(model)` (facts B14), as policies of ours.
+"""Checkpoints of the original code, whole modules pickled by `torch.save(model)`, as policies of ours.
 
 A pickle is a program. Here it is run without the classes and functions it names: modules become objects that hold
 nothing but their attributes, a tensor becomes a note of where its numbers lie in the file, all else is refused. Of the
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dt.errors import UserError
+from dt.errors import UserError, reason
 from dt.model.architecture import BASE, Architecture
 from dt.model.decision_transformer import Head
 from dt.model.policy import STATISTICS, Policy
@@ -56,9 +56,9 @@ def read_original(
     best_return: of that dataset, unscaled; None: the task's return target, which the original asks for.
     unsaid: heads, activation and context of a state dict, which does not tell; a module knows its own.
 
-    The time table is `embed_timestep`, tied to `wpe` or not (facts B5), cut to the task's horizon. Raises UserError
+    The time table is `embed_timestep`, tied to `wpe` or not, cut to the task's horizon. Raises UserError
     when the file is missing, damaged or asks for anything no model needs, holds another model than a Decision
-    Transformer of that task, or acts in ways a policy does not: multi-task (facts B1), attention switched off, GEGLU.
+    Transformer of that task, or acts in ways a policy does not: multi-task, attention switched off, GEGLU.
     HalfCheetah and Walker2d have the same dimensions, so one is not told from the other.
     """
     settings = get_task(task)
@@ -116,8 +116,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"cannot convert {path} ({reason}): give a model of the original code for that task") from error
+        raise UserError(
+            f"cannot convert {path} ({reason(error)}): give a model of the original code for that task"
+        ) from error
 
 
 # --- what the pickle builds -------------------------------------------------------------------------------------------

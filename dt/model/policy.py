@@ -43,16 +43,19 @@ class Policy:
     def __post_init__(self) -> None:
         expected = trunk_shapes(self.architecture)
         for task in self.heads or ("",):  # a trunk without heads is checked alone
-            found = {**self.trunk, **self.specific.get(task, {})}
+            own = self.specific.get(task, {})
+            if twice := sorted(self.trunk.keys() & own.keys()):
+                raise UserError(f"trunk parameter {twice[0]!r} is both shared and {task}'s own")
+            found = {**self.trunk, **own}
             if expected.keys() != found.keys():
                 odd = sorted(expected.keys() ^ found.keys())[0]
                 raise UserError(f"not the trunk of {self.architecture}: {odd!r} is missing or unexpected")
             for part in (found, self.masks.get(task, {})):
                 for name, tensor in part.items():
-                    if tuple(tensor.shape) != expected[name]:
+                    if tuple(tensor.shape) != expected.get(name):
                         raise UserError(
                             f"wrong dimensions: trunk parameter {name!r} is {tuple(tensor.shape)}, "
-                            f"the architecture ({self.architecture}) wants {expected[name]}"
+                            f"the architecture ({self.architecture}) wants {expected.get(name, 'none')}"
                         )
         for task, head in self.heads.items():
             wanted = head_shapes(get_task(task), self.architecture.width)

@@ -30,7 +30,7 @@ class CosineToClusters(nn.Module):
     """L_cos: every embedded token is drawn towards the direction of the nearest cluster of the language's tokens.
 
     −mean over real tokens of max_c cos(token, centre_c). Differs from the original, which takes the maximum of products
-    per coordinate and counts padding (facts, D2).
+    per coordinate and counts padding.
     """
 
     name = "cosine"
@@ -135,8 +135,7 @@ class DistanceToStart(nn.Module):
         """trunk: the start, by GPT-2's names; weight: λ3; formula: the original code's Σ over tensors of ‖θ − θ0‖₂, or
         the paper's ‖θ − θ0‖₂ over all of them at once.
 
-        λ3 = 1 in the paper means the term is on: the gradient of every norm is λ3 long, and all are clipped to 0.25
-        (facts, D3).
+        λ3 = 1 in the paper means the term is on: the gradient of every norm is λ3 long, and all are clipped to 0.25.
         """
         super().__init__()
         start = Trunk(architecture)

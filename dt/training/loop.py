@@ -78,7 +78,7 @@ class Seeds(NamedTuple):
 def initialised(seed: int, make: Callable[[], M]) -> M:
     """What `make` builds when torch's random numbers begin at the seed's initialisation; leaves them as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(Seeds.of(seed).initialisation)
+        torch.default_generator.manual_seed(Seeds.of(seed).initialisation)  # not the GPUs'
         return make()
 
 
@@ -149,8 +149,11 @@ class TrainingState(Generic[R]):
         return self.objective.result()
 
     def advance(self, steps: int) -> None:
-        """Take that many steps; `metrics` then holds their mean losses, the last gradient norm and rate, seconds, and
-        the objective's diagnostics."""
+        """Take that many steps, but none after the last; `metrics` then holds their mean losses, the last gradient norm
+        and rate, seconds, and the objective's diagnostics."""
+        steps = min(steps, self.optimisation.steps - self.step)
+        if steps <= 0:
+            return
         began, found = time.perf_counter(), dict[str, list[float]]()
         with forked_rng(self.device), products_in(self.optimisation.precision, self.device):
             set_rng_state(self.device, self.random)
@@ -210,17 +213,15 @@ class TrainingState(Generic[R]):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"the checkpoint {path} cannot be read ({error}): delete it to start over") from error
+        module, mine = under("module.", tensors), self._module.state_dict()
+        if {name: tensor.shape for name, tensor in module.items()} != {name: part.shape for name, part in mine.items()}:
+            raise UserError(f"the checkpoint {path} is of another version of mergedt: delete it to start over")
         progress: dict[str, Any] = json.loads(header["progress"])
         self.step = progress["step"]
         self.sampler.bit_generator.state = progress["sampler"]
         random = [tensors[name] for name in sorted(tensors) if name.startswith("random.")]
         self.random = [*random, *self.random[len(random) :]]  # begun on a CPU, it has none for the GPU
-        try:
-            self._module.load_state_dict(under("module.", tensors))
-        except RuntimeError as error:
-            raise UserError(
-                f"the checkpoint {path} is of another version of mergedt: delete it to start over"
-            ) from error
+        self._module.load_state_dict(module)
         for name, parameter in self._trained.items():
             moments = under(f"optimiser.{name}.", tensors)
             self.optimiser.state[parameter] = {key: moment.to(self.device) for key, moment in moments.items()}

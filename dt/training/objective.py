@@ -131,6 +131,11 @@ def train(
     for task in tasks:
         head = model.head(task.name)
         if timesteps is not None:
+            if tuple(timesteps[: task.horizon].shape) != head.embed_timestep.weight.shape:
+                raise UserError(
+                    f"the time steps to begin with are {tuple(timesteps.shape)}: {task.name} wants {task.horizon} of "
+                    f"{architecture.width}"
+                )
             with torch.no_grad():
                 head.embed_timestep.weight.copy_(timesteps[: task.horizon])
         head.look_at(data[task.name])
@@ -164,9 +169,11 @@ def fine_tune(
     """Further training of a policy on some of its tasks, for `loop.run`; all else of it stays bit for bit.
 
     frozen: flat names of parameters (`trunk.h.0.ln_1.weight`, `heads.hopper.embed_timestep.weight`) that stay, too.
-    Differs from the original: state statistics stay the policy's own, whatever it is tuned on (as the original does in
-    effect for Table V, by a file of older statistics), while the return asked for becomes the new data's; optimiser
-    state and schedule begin afresh.
+    identity: what else must be the same for a saved state to continue this run: where it starts, say, and by which
+    auxiliary losses.
+    Optimiser state and schedule begin afresh, as in the original. Differs from it: state statistics stay the policy's
+    own, whatever it is tuned on (as the original does in effect for Table V, by a file of older statistics), while the
+    return asked for becomes the new data's.
     """
     for name in data:
         policy.check_head(name)

@@ -16,7 +16,7 @@ class Optimisation(Frozen):
     batch_size: int = Field(64, gt=0)  # windows a step
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(10_000, ge=0)  # linear, from 0
-    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine decays to 0 at the last step
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine: to 0 after the last step
     weight_decay: float = Field(1e-4, ge=0)
     clip_norm: float = Field(0.25, gt=0)  # global gradient norm
     # Deviation of the time-step table's rows at the start; None: PyTorch's N(0, 1), as in the original. That is as loud
