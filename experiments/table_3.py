@@ -1,7 +1,6 @@
 """Table III: does a common start, from a language model, make policies easier to merge? And training together?"""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from typing import Literal
 
@@ -88,7 +87,7 @@ def points(setting: Setting) -> Iterator[Point]:
             yield setting.point(own, task, quality=quality, policy=column, seed=seed, instance=first)
 
 
-def _better(better: str, than: str, quality: Quality, likely: str) -> Claim:
+def _better(better: str, than: str, quality: Quality, likely: str, *, ours: bool = False) -> Claim:
     mine, others = _where(better, quality), _where(than, quality)
     return Claim(
         statement=f"{better} is better than {than} on average ({quality})",
@@ -97,6 +96,7 @@ def _better(better: str, than: str, quality: Quality, likely: str) -> Claim:
         bound=0.0,
         value="score",
         likely=likely,
+        ours=ours,
     )
 
 
@@ -148,7 +148,7 @@ EXPERIMENT = Experiment(
             for quality, task in TOGETHER_AS_GOOD
         ),
         *(
-            replace(_better("HarmoDT", other, quality, MASKS), ours=True)
+            _better("HarmoDT", other, quality, MASKS, ours=True)
             for other in ("multi-task", "HarmoDT, random masks")
             for quality in QUALITIES
         ),

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
@@ -98,6 +100,15 @@ def test_a_recording_of_another_behaviour_policy_is_refused(root: Path) -> None:
     with pytest.raises(UserError) as error:
         load_recorded("hopper", "expert", 2, 0, root)
     one_sentence(error, "another behaviour policy", f"delete {path}")
+
+
+@pytest.mark.parametrize("asked", [("hopper", "medium", 2, 1), ("hopper", "medium", 3, 0), ("hopper", "expert", 2, 1)])
+def test_a_recording_under_the_name_of_another_is_refused(root: Path, asked: tuple[str, str, int, int]) -> None:
+    path = recording_path(*asked, root)
+    shutil.copytree(recording_path("hopper", "medium", 2, 0, root), path)
+    with pytest.raises(UserError) as error:
+        load_recorded(*asked, root)
+    one_sentence(error, str(path), "another recording than its name says", f"delete {path} and record it again")
 
 
 def test_recordings_are_listed_from_their_metadata(recordings: dict[str, Trajectories], root: Path) -> None:
@@ -305,6 +316,13 @@ def test_damaged_and_foreign_hdf5_files_are_named(tmp_path: Path) -> None:
     uneven = d4rl_rows(500) | {"actions": np.zeros((400, 3))}
     with pytest.raises(UserError, match=r"uneven.hdf5"):
         load_imported(write_hdf5(tmp_path / "uneven.hdf5", uneven), "hopper")
+    for name in ("timeouts", "next_observations"):
+        for rows in (1, 499):
+            uneven = d4rl_rows(500)
+            uneven[name] = uneven[name][:rows]
+            with pytest.raises(UserError) as error:
+                load_imported(write_hdf5(tmp_path / "uneven.hdf5", uneven), "hopper")
+            one_sentence(error, "uneven.hdf5", f"its arrays have [{rows}, 500] rows")
     endless = d4rl_rows(500) | {"terminals": np.zeros(500, bool), "timeouts": np.zeros(500, bool)}
     with pytest.raises(UserError, match="no complete episode"):
         load_imported(write_hdf5(tmp_path / "endless.hdf5", endless), "hopper")
@@ -329,15 +347,38 @@ def test_pickles_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> No
     assert np.array_equal(found.final_observations, finals)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_every_layout_and_number_are_read(tmp_path: Path, protocol: int) -> None:
+    """Fortran order, reversed bytes, read-only, doubles, integers; lists of arrays and scalars."""
+    (episode, *_), path = pickled_episodes(), tmp_path / "a.pkl"
+    observations, rewards = episode["observations"].copy(), episode["rewards"]
+    observations.flags.writeable = False
+    varied: dict[str, Any] = {
+        "observations": observations,
+        "next_observations": list(episode["next_observations"]),
+        "actions": np.asfortranarray(episode["actions"].astype(">f8")),
+        "rewards": [*rewards[:-1], float(rewards[-1])],
+        "terminals": episode["terminals"].astype(np.int64),
+        "unread": [np.float64(1.5), np.bool_(True), np.uint8(3)],
+    }
+    path.write_bytes(pickle.dumps([varied], protocol))
+    found = load_imported(str(path), "hopper")
+    assert_equals_by_hand(found, [episode])
+    assert np.array_equal(found.final_observations, episode["next_observations"][-1:])  # type: ignore[arg-type]
+
+
 def test_pickles_written_with_numpy_1_are_read(tmp_path: Path) -> None:
     """Their modules had other names, and their dtypes integers for booleans."""
     episodes, path = pickled_episodes(), tmp_path / "a.pkl"
+    episodes[0]["actions"] = np.asfortranarray(episodes[0]["actions"])
     modern = pickle.dumps(episodes, 2)
     old = modern.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
     booleans, integers = b"\x89\x88\x87", b"K\x00K\x01\x87"  # (…, False, True) and (…, 0, 1)
     assert booleans in old
     old = old.replace(booleans, integers)
     path.write_bytes(old)
+    assert_equals_by_hand(load_imported(str(path), "hopper"), episodes)
+    path.write_bytes(pickle.dumps(episodes, 5).replace(b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric"))
     assert_equals_by_hand(load_imported(str(path), "hopper"), episodes)
 
 
@@ -354,10 +395,10 @@ def test_other_containers_and_dones_are_read(tmp_path: Path) -> None:
 
 
 class Malicious:
-    """What it returns is called when it is unpickled."""
+    """What it returns is called when it is unpickled, and what that returns is given the state."""
 
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.call = (function, arguments, state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.call
@@ -387,6 +428,55 @@ def test_a_malicious_pickle_does_nothing(tmp_path: Path) -> None:
     (tmp_path / "bad.pkl").write_bytes(dotted)
     with pytest.raises(UserError, match=r"asks for numpy.ndarray.dump"):
         load_imported(str(tmp_path / "bad.pkl"), "hopper")
+
+
+def forged_arrays() -> dict[str, bytes]:
+    """Pickles of arrays whose elements, or whose whole memory, lie where the file says."""
+    array = Malicious(np.ndarray, (1,), np.dtype("O"), b"AAAAAAAA")
+    unflagged = (3, "|", None, ("x",), {"x": (np.dtype("O"), 0)}, 8, 1, 0)  # an object inside, which the flags deny
+    element = Malicious(
+        np._core.numeric._frombuffer, b"AAAAAAAA", Malicious(np.dtype, "V8", state=unflagged), (1,), "C"
+    )
+    names = ("observations", "actions", "rewards", "terminals")
+    memory = {"__array_interface__": {"data": (4096, True), "shape": (8,), "typestr": "<f4", "version": 3}}
+    items = [pickle.dumps(name, 1)[:-1] + b"cnumpy\ndtype\n" + pickle.dumps(memory, 1)[:-1] + b"b" for name in names]
+    return {
+        "array": pickle.dumps([dict.fromkeys(names, array)]),
+        "element": pickle.dumps([dict.fromkeys(names, element)]),
+        "memory": b"]}(" + b"".join(items) + b"ua.",
+    }
+
+
+@pytest.mark.parametrize("forgery", forged_arrays())
+def test_a_forged_array_is_an_error_and_no_crash(tmp_path: Path, forgery: str) -> None:
+    """In a process of its own, which such a file could kill."""
+    path = tmp_path / "forged.pkl"
+    path.write_bytes(forged_arrays()[forgery])
+    program = (
+        "import sys\n"
+        "from dt.data.sources import load_imported\n"
+        "from dt.errors import UserError\n"
+        "try:\n"
+        "    load_imported(sys.argv[1], 'hopper')\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"cannot read {path} as a pickle of the original code (")
+    assert ended.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"), [((2, 2), 12), ((2, 2), 20), ((-1, 2), 16), ((2**62, 2), 16), ((0, 2), 16), (4, 16)]
+)
+def test_an_array_of_another_size_than_its_shape_is_refused(tmp_path: Path, shape: Any, data: int) -> None:
+    path = tmp_path / "bad.pkl"
+    array = Malicious(np._core.numeric._frombuffer, b"\0" * data, np.dtype("f4"), shape, "C")
+    path.write_bytes(pickle.dumps([{"observations": array}]))
+    with pytest.raises(UserError) as error:
+        load_imported(str(path), "hopper")
+    one_sentence(error, str(path), "shape")
 
 
 def test_a_pickle_cannot_alter_numpys_functions(tmp_path: Path) -> None:
@@ -420,6 +510,20 @@ def test_damaged_and_foreign_pickles_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             load_imported(str(path), "hopper")
         one_sentence(error, str(path))
+
+
+def test_an_episode_whose_arrays_differ_in_length_is_named(tmp_path: Path) -> None:
+    """Even when the totals of the file agree."""
+    episodes, path = pickled_episodes()[:3], tmp_path / "a.pkl"
+    steps = [len(episode["rewards"]) for episode in episodes]
+    for name in ("observations", "actions", "rewards"):
+        shifted = [dict(episode) for episode in episodes]
+        shifted[1][name] = np.concatenate([episodes[1][name], episodes[2][name][:1]])
+        shifted[2][name] = episodes[2][name][1:]
+        path.write_bytes(pickle.dumps(shifted))
+        with pytest.raises(UserError) as error:
+            load_imported(str(path), "hopper")
+        one_sentence(error, str(path), "episode 1 has", f"{steps[1] + 1} {name}")
 
 
 def test_every_source_is_validated_against_the_task(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pickle
 import re
 import socket
 import tempfile
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +29,8 @@ from dt.tasks import Task, get_task
 
 _MINARI_ID = re.compile(r"[-\w]+(/[-\w]+)*-v\d+")
 AND = " + "  # between the sources of one dataset
+_NUMBERS = re.compile(r"[biuf]\d{1,2}")  # NumPy's names for plain dtypes in pickles: "f4"
+_D4RL_NEEDED = ("actions", "observations", "rewards", "terminals")
 _OFFLINE_TIMEOUT = 3.0  # seconds a connection to the hub may take before we call it unreachable
 
 
@@ -39,22 +40,24 @@ _OFFLINE_TIMEOUT = 3.0  # seconds a connection to the hub may take before we cal
 def load_recorded(task: str, quality: str, episodes: int, seed: int, root: Path) -> Trajectories:
     """The dataset recorded under that Minari root; `medium-expert` is the medium recording followed by the expert one.
 
-    Raises UserError when a part is missing, damaged, or was recorded by another behaviour policy than the one shipped
-    now.
+    Raises UserError when a part is missing, damaged, another than its folder's name says, or was recorded by another
+    behaviour policy than the one shipped now.
     """
-    parts = [
-        _load_recording(task, part, recording_path(task, part, episodes, seed, root)) for part in parts_of(quality)
-    ]
+    parts = [_load_recording(task, part, episodes, seed, root) for part in parts_of(quality)]
     return concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _load_recording(task: str, quality: str, path: Path) -> Trajectories:
+def _load_recording(task: str, quality: str, episodes: int, seed: int, root: Path) -> Trajectories:
+    path = recording_path(task, quality, episodes, seed, root)
     again = f"delete {path} and record it again"
     if not path.is_dir():
         raise UserError(f"there is no {quality} recording for {task} at {path}: record it first")
     with _reading(path, "as a recording", again):
         metadata = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))
         recorded_by, content_hash = metadata["behaviour_policy"]["sha256"], metadata["content_hash"]
+        recorded = metadata["recording"]
+    if recorded != {"task": task, "quality": quality, "episodes": episodes, "seed": seed}:
+        raise UserError(f"the folder {path} holds another recording than its name says: {again}")
     if recorded_by != load_behaviour_policy(task, quality).digest:
         raise UserError(
             f"the recording at {path} was made by another behaviour policy than the {quality} one of now: {again}"
@@ -212,26 +215,25 @@ def _read_d4rl(path: Path, task: Task) -> Trajectories:
     Files of v0 have no `timeouts`: an episode that did not end by then was cut at the horizon.
     """
     with _reading(path, "as a D4RL HDF5 file", "download it again"), h5py.File(path, "r") as file:
-        missing = {"observations", "actions", "rewards", "terminals"} - file.keys()
+        missing = [name for name in _D4RL_NEEDED if name not in file]
         if missing:
-            raise UserError(
-                f"{path} is not a D4RL dataset, it has no {' and no '.join(sorted(missing))}: give another file"
-            )
-        observations, actions = file["observations"][:], file["actions"][:]
-        rewards, terminals = file["rewards"][:].reshape(-1), file["terminals"][:].reshape(-1).astype(np.bool_)
-        timeouts = file["timeouts"][:].reshape(-1).astype(np.bool_) if "timeouts" in file else None
-        if len(lengths := {len(observations), len(actions), len(rewards), len(terminals)}) > 1:
+            raise UserError(f"{path} is not a D4RL dataset, it has no {' and no '.join(missing)}: give another file")
+        columns = {name: file[name][:] for name in (*_D4RL_NEEDED, "timeouts", "next_observations") if name in file}
+        columns |= {name: columns[name].reshape(-1) for name in ("rewards", "terminals", "timeouts") if name in columns}
+        if len(lengths := {len(column) for column in columns.values()}) > 1:
             raise UserError(f"{path} is damaged, its arrays have {sorted(lengths)} rows: download it again")
-        ends = np.flatnonzero(terminals | (_cuts(terminals, task.horizon) if timeouts is None else timeouts))
+        terminals = columns["terminals"].astype(np.bool_)
+        cuts = columns["timeouts"].astype(np.bool_) if "timeouts" in columns else _cuts(terminals, task.horizon)
+        ends = np.flatnonzero(terminals | cuts)
         steps = int(ends[-1]) + 1 if len(ends) else 0
-        following = file.get("next_observations")
+        following = columns.get("next_observations")
         return Trajectories(
-            observations=observations[:steps],
-            actions=actions[:steps],
-            rewards=rewards[:steps],
+            observations=columns["observations"][:steps],
+            actions=columns["actions"][:steps],
+            rewards=columns["rewards"][:steps],
             offsets=np.concatenate([[0], ends + 1]),
             terminated=terminals[ends],
-            final_observations=None if following is None else following[:][ends],
+            final_observations=None if following is None else following[ends],
         )
 
 
@@ -252,7 +254,7 @@ def _read_pickle(path: Path) -> Trajectories:
     with _reading(path, "as a pickle of the original code", "download it again"):
         with path.open("rb") as file:
             episodes = _ArraysOnly(file).load()
-        if not isinstance(episodes, list) or not all(isinstance(episode, Mapping) for episode in episodes):
+        if not isinstance(episodes, list) or not all(isinstance(episode, dict) for episode in episodes):
             raise UserError(
                 f"{path} is not a dataset of the original code, which is a list of dicts: give another file"
             )
@@ -260,40 +262,102 @@ def _read_pickle(path: Path) -> Trajectories:
             raise UserError(f"{path} holds no episode: give another file")
         followed = all("next_observations" in episode for episode in episodes)
         return _joined(
-            [episode["observations"] for episode in episodes],
-            [episode["actions"] for episode in episodes],
-            [np.reshape(episode["rewards"], -1) for episode in episodes],
-            [np.reshape(episode["terminals" if "terminals" in episode else "dones"], -1)[-1] for episode in episodes],
-            [episode["next_observations"][-1] for episode in episodes] if followed else None,
+            [_plain(episode["observations"]) for episode in episodes],
+            [_plain(episode["actions"]) for episode in episodes],
+            [np.reshape(_plain(episode["rewards"]), -1) for episode in episodes],
+            [np.reshape(_plain(episode[_ended(episode)]), -1)[-1] for episode in episodes],
+            [_plain(episode["next_observations"])[-1] for episode in episodes] if followed else None,
         )
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Opens pickles of NumPy arrays in lists and dicts. Any other global is refused before it is even imported.
+def _ended(episode: Mapping[str, Any]) -> str:
+    """What an episode calls its ends."""
+    return "terminals" if "terminals" in episode else "dones"
 
-    Functions are handed out as fresh ones of our own, so that a crafted pickle can neither call nor alter one of
-    NumPy's.
+
+class _Kind:
+    """Stands in for a NumPy dtype, of plain numbers or booleans only."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, spec: Any, *_: Any) -> None:
+        if not isinstance(spec, str) or not _NUMBERS.fullmatch(spec):
+            raise pickle.UnpicklingError(f"it holds an array of {str(spec)[:20]!r}, which is no kind of number")
+        self.dtype: np.dtype[Any] = np.dtype(spec)
+
+    def __setstate__(self, state: Any) -> None:
+        """Of a dtype's state, the byte order; the rest could forge what its elements are."""
+        _, order, *_ = state
+        if order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError("it holds an array of unknown byte order")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stands in for a NumPy array or scalar, and holds its numbers once they have come."""
+
+    __slots__ = ("numbers",)
+
+    def __init__(self) -> None:
+        self.numbers: npt.NDArray[Any] = np.zeros(0)
+
+    @classmethod
+    def of(cls, kind: Any, data: Any, shape: Any, order: Any) -> "_Array":
+        """An array of exactly these bytes."""
+        if not isinstance(kind, _Kind) or not isinstance(data, bytes | bytearray):
+            raise pickle.UnpicklingError("it holds an array without its kind of number or its bytes")
+        if not isinstance(shape, tuple) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise pickle.UnpicklingError("it holds an array whose shape is not one")
+        array = cls()
+        array.numbers = np.frombuffer(data, kind.dtype).reshape(shape, order=order)  # refuses too few and too many
+        return array
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        self.numbers = _Array.of(kind, data, shape, "F" if fortran else "C").numbers
+
+
+def _plain(value: Any) -> Any:
+    """A number, an array or lists of them, out of what the pickle built.
+
+    Nothing else may reach NumPy, which would ask it for its `__array_interface__`: where in memory to read.
+    """
+    if isinstance(value, _Array):
+        return value.numbers
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, int | float):
+        return value
+    raise ValueError(f"it holds a {type(value).__name__} where numbers should be")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds `_Kind` and `_Array` in lists and dicts. Any other global is refused before it is even imported.
+
+    NumPy's own types are kept from the pickle: with them it could make arrays of pointers. Functions are handed out as
+    fresh ones of our own, so that a crafted pickle can alter nothing else (BUILD sets attributes of whatever lies on
+    the stack).
     """
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed: dict[tuple[str, str], Callable[..., Any]] = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): lambda spec, *_: np.dtype(spec),
-            ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),  # bytes, in protocols 0 to 2
-            ("collections", "defaultdict"): defaultdict,
-            ("collections", "OrderedDict"): OrderedDict,
+        allowed: dict[tuple[str, str], Any] = {
+            ("numpy", "ndarray"): "numpy.ndarray",  # only ever handed to `_reconstruct`
+            ("numpy", "dtype"): lambda *spec: _Kind(*spec),
+            ("_codecs", "encode"): lambda text, *_: str.encode(text, "latin1"),  # bytes, in protocols 0 to 2
+            ("collections", "defaultdict"): lambda *_: {},
+            ("collections", "OrderedDict"): lambda *pairs: dict(*pairs),
             ("builtins", "list"): list,
             ("builtins", "dict"): dict,
         }
         for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-            allowed[f"{core}.multiarray", "_reconstruct"] = lambda _type, shape, dtype: np.ndarray(shape, dtype)
-            allowed[f"{core}.multiarray", "scalar"] = lambda dtype, data: np.frombuffer(data, dtype)[0]
-            allowed[f"{core}.numeric", "_frombuffer"] = lambda data, dtype, shape, order: np.frombuffer(
-                data, dtype
-            ).reshape(shape, order=order)
+            allowed[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+            allowed[f"{core}.multiarray", "scalar"] = lambda kind, data: _Array.of(kind, data, (), "C")
+            allowed[f"{core}.numeric", "_frombuffer"] = lambda data, kind, shape, order: _Array.of(
+                kind, data, shape, order
+            )
         if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs, so nothing of it was run")
         return allowed[module, name]
@@ -309,12 +373,17 @@ def _joined(
     terminated: Iterable[Any],
     final_observations: Sequence[npt.ArrayLike] | None,
 ) -> Trajectories:
-    """Trajectories of one array an episode; the shapes are checked where they meet."""
+    """Trajectories of one array an episode. Raises ValueError when the arrays do not fit together."""
+    columns = [[np.asarray(part, np.float32) for part in parts] for parts in (observations, actions, rewards)]
+    for episode, arrays in enumerate(zip(*columns, strict=True)):
+        seen, acted, rewarded = (len(array) for array in arrays)
+        if not seen == acted == rewarded:
+            raise ValueError(f"episode {episode} has {seen} observations, {acted} actions and {rewarded} rewards")
     return Trajectories(
-        observations=np.concatenate([np.asarray(part, np.float32) for part in observations]),
-        actions=np.concatenate([np.asarray(part, np.float32) for part in actions]),
-        rewards=np.concatenate([np.asarray(part, np.float32) for part in rewards]),
-        offsets=np.cumsum([0, *(len(np.asarray(part)) for part in rewards)]),
+        observations=np.concatenate(columns[0]),
+        actions=np.concatenate(columns[1]),
+        rewards=np.concatenate(columns[2]),
+        offsets=np.cumsum([0, *(len(part) for part in columns[2])]),
         terminated=np.array([bool(flag) for flag in terminated]),
         final_observations=None
         if final_observations is None
