@@ -19,11 +19,12 @@ from dt.merging.merge import merge, merge_many
 from dt.model.architecture import BASE
 from dt.model.policy import Policy
 from dt.model.shapes import block_parameters
+from dt.rollout.actor import DTYPES
 from dt.rollout.evaluate import evaluate
 from dt.tasks import get_task
 from dt.training.loop import TrainingState
 from dt.training.objective import train
-from dt.training.optimisation import Optimisation, Precision
+from dt.training.optimisation import Optimisation
 from dt.training.together import Crowd
 from orchestrator.plan import make_plan
 from orchestrator.recipes import Evaluate, Merge, Recording, Train
@@ -40,14 +41,13 @@ STEP_FLOP = 6 * WINDOWS * TOKENS * (BASE.layers - 1 + 1 / 3) * (ASK + WRITE + ML
 # At a full context, nothing computed twice: the first block has asked and written before, the last has one token.
 ACTION_FLOP = 2 * TOKENS * ((BASE.layers - 1) * (ASK + WRITE + MLP) - ASK - WRITE) * BASE.width**2
 SWEPT = 48  # evaluations
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def training(rounds: int) -> Iterator[Measurement]:
     """One update: sampling, forward, backward, clipping, optimiser."""
     data = record_chunk(TASK.name, "expert", 0, 0, 4)
     literal = LiteralTraining(TASK, data, BASE)
-    for precision in PRECISIONS:
+    for precision in DTYPES:
         optimisation = Optimisation(steps=10**6, dropout=0.0, precision=precision)
         state = train({TASK.name: data}, BASE, optimisation, seed=0)
         seconds = interleaved({"ours": partial(state.advance, 1), "literal": literal.step}, rounds)
@@ -60,7 +60,7 @@ def evaluation(rounds: int) -> Iterator[Measurement]:
     policy = _untrained(record_chunk(TASK.name, "expert", 0, 0, 2), 0)
     short = TASK.model_copy(update={"horizon": 60})
     literal = LiteralEvaluation(TASK, policy)
-    for precision in PRECISIONS:
+    for precision in DTYPES:
         for episodes in (25, 100):
             ours = partial(evaluate, policy, short, episodes=episodes, seed=0, precision=precision)
             seconds = interleaved({"ours": ours, "literal": partial(literal.episode, 0, short.horizon)}, rounds)
@@ -106,7 +106,7 @@ def together(rounds: int) -> Iterator[Measurement]:
     """A step of each of eight policies in one process, against one policy after the other."""
     data = record_chunk(TASK.name, "expert", 0, 0, 4)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for precision in PRECISIONS:
+    for precision in DTYPES:
         optimisation = Optimisation(steps=10**6, batch_size=16, dropout=0.0, precision=precision)
         crowd, others = (
             [train({TASK.name: data}, BASE, optimisation, seed, device=device) for seed in range(8)] for _ in range(2)

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from dt.bfloat16 import products_in
+from dt.rollout.actor import DTYPES
 from dt.training.optimisation import Precision
 
 
@@ -51,8 +52,7 @@ def product_rate(precision: Precision, rows: int, width: int = 512, inner: int =
 
     (By way of float32 where the processor cannot multiply in bfloat16, for PyTorch's own loops are ten times as slow.)
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    a, b = torch.randn(rows, width, dtype=dtype), torch.randn(width, inner, dtype=dtype)
+    a, b = (torch.randn(shape, dtype=DTYPES[precision]) for shape in ((rows, width), (width, inner)))
     with products_in(precision, torch.device("cpu")):
         a @ b
         began = time.perf_counter()

@@ -42,9 +42,11 @@ def sentence(error: ValidationError) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why something failed, to stand in brackets: pydantic's first mistake, else the first line of the message."""
+    """Why something failed, short enough to stand in brackets: pydantic's first mistake, else the first line of the
+    message."""
     from pydantic import ValidationError  # heavy, and seldom needed
 
     if isinstance(error, ValidationError):
         return sentence(error)
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".")
+    return first if len(first) <= 200 else f"{first[:199]}…"

@@ -149,8 +149,8 @@ def sweep(
     setting = Asked(profile=profile, results=results, data=data, seeds=seeds).setting
     _check_tasks(target, *source)
     weights = _weights(alpha, source)
-    if figure is not None and figure.suffix.lower() != ".png":
-        raise UserError(f"figures are PNG files: {figure} should end in .png")
+    if figure is not None:
+        _check_suffix(figure, ".png", "figures are PNG files")
 
     def points(at: Setting) -> list[Point]:
         return [
@@ -210,6 +210,11 @@ def search(
         get_experiment(name), setting, Store(results), address, workers,
         trials=trials, batch=batch, sampler=sampler, seed=seed, objectives="each" if each else "mean",
     )  # fmt: skip
+
+
+def _check_suffix(file: Path, suffix: str, what: str) -> None:
+    if file.suffix.lower() != suffix:
+        raise UserError(f"{what}: {file} should end in {suffix}")
 
 
 def _check_tasks(*tasks: str) -> None:
@@ -397,8 +402,7 @@ def video(
     """Film a policy, merged or as trained."""
     from orchestrator.cli_work import film
 
-    if output.suffix.lower() != ".webp":
-        raise UserError(f"films are WebP files: {output} should end in .webp")
+    _check_suffix(output, ".webp", "films are WebP files")
     setting = Asked(profile=profile, results=results, data=data, seeds=str(seed)).setting
     _check_tasks(target, *([source] if source else []))
     policy = (

@@ -233,9 +233,11 @@ def slots_for(artefacts: int, settings: Settings, session: Session) -> Slots:
 
     gpus = session.gpus
     nodes = [node for node in session.nodes if node.gpus or not gpus]
-    largest = max((node.cpus for node in nodes), default=1)
-    beside = min((node.cpus // (TRAININGS_PER_GPU * node.gpus) for node in nodes if node.gpus), default=largest)
-    threads = settings.threads or max(1, min(beside, largest // THREADS_SHARE))
+    if gpus:
+        share = min(node.cpus // (TRAININGS_PER_GPU * node.gpus) for node in nodes)
+    else:
+        share = max(node.cpus for node in nodes) // THREADS_SHARE
+    threads = settings.threads or max(1, share)
     fitting = sum(node.cpus // threads for node in nodes)
     count = settings.training_slots or (TRAININGS_PER_GPU * gpus if gpus else fitting)
     count = max(1, min(count, fitting, artefacts))

@@ -8,10 +8,10 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dt.errors import UserError, unknown
+from dt.files import expanded
 from dt.frozen import Frozen
 from dt.language.corpus import DOCSTRINGS
 from dt.model.architecture import Architecture
@@ -266,7 +266,7 @@ def _imported(source: str, clusters: int) -> ImportLanguage:
 
 def _anywhere(source: str) -> str:
     """A folder as it is found from any working directory: workers have another. What is no folder stays."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     return str(folder.absolute()) if folder.exists() else source
 
 

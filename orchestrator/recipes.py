@@ -408,13 +408,12 @@ def read_policy(canonical_json: str) -> AnyPolicy:
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {name: value for name, value in pairs if name != "revision"}
 
-    other = UserError("the recipe was written by another version of mergedt: run its experiment again")
     try:
         recipe = _POLICY.validate_python(json.loads(canonical_json, object_pairs_hook=plain))
-    except ValidationError as error:
-        raise other from error
-    if recipe.canonical_json() != canonical_json:
-        raise other
+    except ValidationError:
+        recipe = None
+    if recipe is None or recipe.canonical_json() != canonical_json:
+        raise UserError("the recipe was written by another version of mergedt: run its experiment again")
     return recipe
 
 

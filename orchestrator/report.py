@@ -276,16 +276,12 @@ def _order(each: Answer) -> str:
     order = ordering(each.experiment, each.cells)
     if order is None:
         return ""
-    groups: dict[tuple[Label, ...], list[Cell]] = {}
+    groups: dict[tuple[Label | None, ...], list[Cell]] = {}
     for cell in each.cells:
-        groups.setdefault(tuple(cell.labels[name] for name in ("quality", "task") if name in cell.labels), []).append(
-            cell
-        )
+        groups.setdefault((cell.labels.get("quality"), cell.labels.get("task")), []).append(cell)
     within = [found[0] for cells in groups.values() if (found := ordering(each.experiment, cells))]
-    return (
-        f"\n\nKendall's τ between the paper's order and ours: **{order[0]:.2f}** over all {order[1]} cells; within a "
-        f"robot and dataset **{mean(within):.2f}** on average."
-    )
+    inside = f"; within a robot and dataset **{mean(within):.2f}** on average" if within else ""
+    return f"\n\nKendall's τ between the paper's order and ours: **{order[0]:.2f}** over all {order[1]} cells{inside}."
 
 
 def expected(claim: Claim) -> str:

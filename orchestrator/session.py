@@ -331,7 +331,6 @@ def _addable_nodes(alive: Sequence[Mapping[str, Any]]) -> list[Node]:
     except Exception:  # another version of Ray, or a cluster that keeps it to itself
         return []
     # Its least are running or about to. (Nodes of Ray's first autoscaler do not say of which group they are.)
-    # Its least are running or about to. (Nodes of Ray's first autoscaler do not say of which group they are.)
     left = [group.max_count - max(group.min_count, running[group.name]) for group in groups]
     return [_node_with(group.resources) for group, count in zip(groups, left, strict=True) for _ in range(count)]
 

@@ -30,7 +30,7 @@ from orchestrator.figures import _draw_panel
 from orchestrator.paper import NUMBERS
 from orchestrator.profiles import get_profile
 from orchestrator.recipes import Recording, Train
-from orchestrator.report import _long_table, number, ordering, paper_value, write_report
+from orchestrator.report import _long_table, _order, number, ordering, paper_value, write_report
 from orchestrator.store import Store
 from orchestrator.tables import SCHEMAS, Tables
 
@@ -291,6 +291,15 @@ def test_what_is_there_of_an_experiment_is_shown(papers_world: Store) -> None:
     verdicts = [part.judge(claim) for claim in part.experiment.claims]
     assert None in verdicts
     assert any(verdicts)
+
+
+def test_an_order_within_robots_takes_two_cells_of_one(papers_world: Store) -> None:
+    """As when a run was interrupted after a table's first row."""
+    whole = answered(papers_world, "table_5")
+    one = {point.evaluation.id for point in whole.points if point.labels["configuration"] == "mean"}
+    part = replace(whole, rows={name: rows for name, rows in whole.rows.items() if name in one})
+    assert _order(part).endswith("over all 3 cells.")
+    assert "within a robot and dataset" in _order(whole)
 
 
 def test_a_training_seed_counts_where_all_its_rows_are_there(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from dt.behaviour.policy import load_behaviour_policy
 from dt.behaviour.record import parts_of, recording_path
 from dt.data.trajectories import Trajectories, concatenate
-from dt.errors import UserError
+from dt.errors import UserError, reason
+from dt.files import expanded
 from dt.tasks import Task, get_task
 
 _MINARI_ID = re.compile(r"[-\w]+(/[-\w]+)*-v\d+")
@@ -100,7 +101,7 @@ def load_imported(source: str, task: str, root: Path | None = None) -> Trajector
 
 
 def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.is_file():
         raise UserError(f"there is no dataset file {path}: check the path")
     return path
@@ -114,14 +115,7 @@ def _reading(path: Path, what: str, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = _sentence(error) or "nothing more is known"
-        raise UserError(f"cannot read {path} {what} ({reason}): {remedy}") from error
-
-
-def _sentence(error: BaseException) -> str:
-    """The first line of an error's message, short enough to stand in a sentence."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".")
-    return first if len(first) <= 200 else f"{first[:199]}…"
+        raise UserError(f"cannot read {path} {what} ({reason(error)}): {remedy}") from error
 
 
 # --- Minari -----------------------------------------------------------------------------------------------------------
@@ -160,15 +154,15 @@ def _download(dataset_id: str, root: Path) -> Path:
         f"connect to the internet, or copy the dataset's folder to {root / dataset_id}, or record one here from "
         "the shipped behaviour policies"
     )
-    if (reason := _unreachable()) is not None:
-        raise UserError(f"the Minari dataset {dataset_id} is not on this machine and {reason}: {instead}")
+    if (obstacle := _unreachable()) is not None:
+        raise UserError(f"the Minari dataset {dataset_id} is not on this machine and {obstacle}: {instead}")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as temporary:
         try:
             with _environment("MINARI_DATASETS_PATH", temporary):
                 minari.download_dataset(dataset_id)
         except Exception as error:
-            raise UserError(f"Minari could not download {dataset_id} ({_sentence(error)}): {instead}") from error
+            raise UserError(f"Minari could not download {dataset_id} ({reason(error)}): {instead}") from error
         path = root / dataset_id
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(temporary, dataset_id).rename(path)
@@ -188,7 +182,7 @@ def _unreachable() -> str | None:
     try:
         socket.create_connection((address.hostname or "huggingface.co", port), timeout=_OFFLINE_TIMEOUT).close()
     except OSError as error:
-        return f"{address.hostname} cannot be reached to download it ({_sentence(error)})"
+        return f"{address.hostname} cannot be reached to download it ({reason(error)})"
     return None
 
 

@@ -36,7 +36,7 @@ _FUSED: Mapping[Activation | None, tuple[str, list[float], str]] = {
     "relu": ("relu", [], ""),
     "gelu_new": ("gelu", [], "tanh"),
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Weights:
     def of(cls, policy: Policy, task: Task, precision: Precision) -> Weights:
         """Of a policy alone on the task. Raises UserError if it has no head for it."""
         policy = policy.alone(task.name)
-        architecture, given, dtype = policy.architecture, policy.heads[task.name], _DTYPES[precision]
+        architecture, given, dtype = policy.architecture, policy.heads[task.name], DTYPES[precision]
         modalities, times = ("action", "return", "state"), given["embed_timestep.weight"]
         scale, shift, predict = policy.trunk["ln_f.weight"], policy.trunk["ln_f.bias"], given["predict_action.weight"]
 
